@@ -15,8 +15,11 @@
 
 mod check;
 mod error;
+mod flat;
 mod image;
+pub mod raw;
 mod storage;
+pub mod vhd;
 
 pub use check::{CheckReport, Finding, Severity};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};

@@ -1,0 +1,152 @@
+//! Raw images: the file is the disk.
+//!
+//! There is no metadata, so nothing here can be inconsistent: durability is the file's own.
+
+use std::sync::Arc;
+
+use crate::flat::Flat;
+use crate::{
+    ByteSpan, CheckReport, ErrorKind, Extent, Finding, Format, Geometry, Image, ImageError, ImageType,
+    Pieces, Severity, Storage, SyncToken, ZeroMode,
+};
+
+/// The unit in which the size of a writable raw image is counted, in bytes.
+pub const SECTOR: u64 = 512;
+
+/// An open raw image.
+#[derive(Debug)]
+pub struct Raw {
+    flat: Flat,
+}
+
+impl Raw {
+    /// Takes `storage` for a disk of as many bytes as it has.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] for writing to a file that is empty or does not end on a sector of 512 bytes. Opened
+    /// for reading, such a file is clipped to whole sectors.
+    pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self, ImageError> {
+        let len = size_of(&*storage)?;
+        if len < SECTOR || (!read_only && !len.is_multiple_of(SECTOR)) {
+            return Err(ImageError::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "raw image: the file's size of {len} bytes is not a positive multiple of {SECTOR}; extend it to {} \
+                     bytes with zeroes (truncate -s), or open it for reading",
+                    len.next_multiple_of(SECTOR).max(SECTOR)
+                ),
+            ));
+        }
+        Ok(Self { flat: Flat::new(storage, len / SECTOR * SECTOR, SECTOR as u32, read_only) })
+    }
+}
+
+/// Gives an empty `storage` the size of a raw image that reads as zeroes, and makes it durable.
+///
+/// # Errors
+/// [`ErrorKind::InvalidParameter`] when `virtual_size` is 0, no multiple of 512, or above 2^63 - 512; what the file says.
+pub fn create(storage: &dyn Storage, virtual_size: u64) -> Result<(), ImageError> {
+    if virtual_size == 0 || !virtual_size.is_multiple_of(SECTOR) || virtual_size > i64::MAX as u64 {
+        return Err(ImageError::new(
+            ErrorKind::InvalidParameter,
+            format!("raw image: size {virtual_size} must be a positive multiple of {SECTOR}, below 2^63"),
+        ));
+    }
+    storage.set_len(virtual_size).map_err(|e| ImageError::io("cannot extend the file", e))?;
+    storage.sync().map_err(|e| ImageError::io("cannot sync the image", e))
+}
+
+/// Looks at what a raw image can have wrong: its size.
+///
+/// # Errors
+/// When the file cannot be asked for its size.
+pub fn check(storage: &dyn Storage) -> Result<CheckReport, ImageError> {
+    let len = size_of(storage)?;
+    let mut report = CheckReport::default();
+    if len == 0 || !len.is_multiple_of(SECTOR) {
+        report.findings.push(Finding {
+            code: "raw-size".into(),
+            severity: Severity::Warning,
+            structure: "file".into(),
+            offset: Some(len / SECTOR * SECTOR),
+            message: format!(
+                "the size of {len} bytes is not a positive multiple of {SECTOR}: the image cannot be written, and its \
+                 last {} bytes are not served",
+                len % SECTOR
+            ),
+            repairable: false,
+            repaired: false,
+        });
+    }
+    Ok(report)
+}
+
+fn size_of(storage: &dyn Storage) -> Result<u64, ImageError> {
+    storage.len().map_err(|e| ImageError::io("cannot find out the size of the file", e))
+}
+
+impl Image for Raw {
+    fn format(&self) -> Format {
+        Format::Raw
+    }
+
+    fn image_type(&self) -> ImageType {
+        ImageType::Fixed
+    }
+
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            virtual_size: self.flat.virtual_size(),
+            logical_sector_size: SECTOR as u32,
+            physical_sector_size: 4096,
+            block_size: 0,
+            payload_align: 4096,
+        }
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.flat.is_read_only()
+    }
+
+    fn files(&self) -> &[Arc<dyn Storage>] {
+        self.flat.files()
+    }
+
+    fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        self.flat.map_read(at, out)
+    }
+
+    fn map_write(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        self.flat.map_write(at, out)
+    }
+
+    fn map_zero(&self, at: ByteSpan, _mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
+        self.flat.map_write(at, out)
+    }
+
+    fn sync_begin(&self) -> SyncToken {
+        SyncToken::default()
+    }
+
+    fn sync_done(&self, _token: SyncToken) {}
+
+    fn wants_maintenance(&self) -> bool {
+        false
+    }
+
+    fn maintain(&self, _quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    fn commit(&self) -> Result<(), ImageError> {
+        self.flat.sync()
+    }
+
+    fn close(&self) -> Result<(), ImageError> {
+        self.flat.sync()
+    }
+
+    fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError> {
+        self.flat.next_extent(offset)
+    }
+}

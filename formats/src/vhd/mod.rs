@@ -1,0 +1,361 @@
+//! Virtual Hard Disk, format 1.0: fixed and dynamic disks.
+//!
+//! ```text
+//!   fixed     content ............................................ footer
+//!   dynamic   footer's copy | header | block table | blocks ...... | (grown ahead) | footer
+//!                                                    └ bitmap, data
+//! ```
+//!
+//! **What decides.** The footer in the file's last 512 bytes says what the disk is: the file's first bytes are, on a fixed
+//! disk, the guest's to write. The copy at 0 is used only when the end has no valid footer, only for dynamic disks, and
+//! only for reading, unless the opener asks for recovery, which puts the footer back after everything was validated.
+//! The disk's size is the footer's *current size*; the geometry field is not looked at.
+//!
+//! **Durability.** There is no journal, and none is needed: a block's place is one entry of four bytes, which a sector
+//! write changes as a whole, and it points to space that was made, zeroed and synced before (see `grow`). So after a
+//! power cut every sector that was not flushed holds its old content, zeroes of the new block included, or its new
+//! content. The entry is handed to the kernel before the write that needs it is acknowledged, so it outlives the process.
+//!
+//! **Bitmaps** of dynamic disks are not looked at when reading, as everywhere in practice; blocks that are written get
+//! bitmaps of ones, so that readers which do look find the same content.
+
+mod bytes;
+mod check;
+mod corruption;
+mod create;
+mod dynamic;
+mod footer;
+mod grow;
+mod header;
+mod layout;
+mod table;
+
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::flat::Flat;
+use crate::{
+    ByteSpan, ErrorKind, Extent, Format, Geometry, Image, ImageError, ImageType, Pieces, Storage, SyncToken,
+    ZeroMode,
+};
+
+pub use check::check;
+pub use corruption::Corruption;
+pub use create::{CreateParams, create};
+
+use dynamic::Dynamic;
+use footer::{DiskType, FOOTER_LEN};
+use grow::{Growth, SlotGrid, end_of_file};
+use layout::{Body, CopyState, Found};
+
+/// The unit of the format, in bytes: the guest's sectors and the grid of all structures.
+const SECTOR: u64 = 512;
+/// The largest virtual disk in bytes: 2040 GiB, the bound of Microsoft's own software.
+pub const MAX_VIRTUAL_SIZE: u64 = 2040 << 30;
+/// The largest block in bytes.
+pub const MAX_BLOCK_SIZE: u32 = 256 << 20;
+/// The most entries of a block table: enough for the largest disk with blocks of 512 KiB.
+pub const MAX_TABLE_ENTRIES: u32 = 4 << 20;
+/// The block size in bytes of a new dynamic disk that asks for none.
+pub const DEFAULT_BLOCK_SIZE: u32 = 2 << 20;
+
+/// How far an image was found in order when it was looked at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VhdState {
+    /// The footer is where it should be, and so is its copy.
+    Clean,
+    /// The footer's copy at 0 is damaged or says something else; the footer counts, and writing mends the copy.
+    CopyDiffers,
+    /// Only the copy of the footer is left: to be read only, until it is opened with recovery or repaired.
+    FooterMissing,
+}
+
+/// What a VHD says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VhdInfo {
+    /// Fixed, dynamic or differencing.
+    pub image_type: ImageType,
+    /// Size of the virtual disk in bytes.
+    pub virtual_size: u64,
+    /// Size that it was created with, in bytes.
+    pub original_size: u64,
+    /// Size of the file in bytes.
+    pub file_size: u64,
+    /// Unit of allocation in bytes, 0 for a fixed disk.
+    pub block_size: u32,
+    /// Bytes of content that have a place in the file.
+    pub allocated_bytes: u64,
+    /// The disk's own id.
+    pub unique_id: uuid::Uuid,
+    /// Name and version of the software that made it.
+    pub creator: String,
+    /// Whether a virtual machine was suspended with it.
+    pub saved_state: bool,
+    /// The state of its footers.
+    pub state: VhdState,
+    /// The parent's id, of a differencing disk.
+    pub parent_id: Option<uuid::Uuid>,
+    /// The parent's name and paths as the image has them, of a differencing disk.
+    pub parent_paths: Vec<String>,
+}
+
+/// Reads and validates a VHD of any type, differencing included, and says what it is.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] with the broken rule; [`ErrorKind::Io`].
+pub fn inspect(storage: &dyn Storage) -> Result<VhdInfo, ImageError> {
+    let (found, virtual_size, body) = layout::read_all(storage)?;
+    let mut info = VhdInfo {
+        image_type: match found.disk_type {
+            DiskType::Fixed => ImageType::Fixed,
+            DiskType::Dynamic => ImageType::Dynamic,
+            DiskType::Differencing => ImageType::Differencing,
+        },
+        virtual_size,
+        original_size: found.footer.original_size(),
+        file_size: found.file_len,
+        block_size: 0,
+        allocated_bytes: virtual_size,
+        unique_id: found.footer.unique_id(),
+        creator: found.footer.creator_text(),
+        saved_state: found.footer.saved_state(),
+        state: state_of(&found),
+        parent_id: None,
+        parent_paths: Vec::new(),
+    };
+    if let Some(body) = body {
+        let present = body.table.iter().filter(|&&e| e != layout::ABSENT).count() as u64;
+        info.block_size = body.header.block_size;
+        info.allocated_bytes = present * body.shape.block_size;
+        if found.disk_type == DiskType::Differencing {
+            info.parent_id = Some(body.header.parent_id);
+            info.parent_paths = body.parent_paths;
+            info.parent_paths.insert(0, body.header.parent_name);
+            info.parent_paths.retain(|p| !p.is_empty());
+        }
+    }
+    Ok(info)
+}
+
+fn state_of(found: &Found) -> VhdState {
+    match (found.at, found.copy) {
+        (None, _) => VhdState::FooterMissing,
+        (_, CopyState::Different | CopyState::Bad) => VhdState::CopyDiffers,
+        (_, CopyState::None | CopyState::Same) => VhdState::Clean,
+    }
+}
+
+#[derive(Debug)]
+enum Kind {
+    Fixed(Flat),
+    Dynamic(Box<Dynamic>),
+}
+
+/// An open VHD.
+#[derive(Debug)]
+pub struct Vhd {
+    kind: Kind,
+    state: VhdState,
+}
+
+impl Vhd {
+    /// Reads and validates `storage`. `recover` lets a disk whose footer is lost (a power cut while the file grew) be
+    /// opened for writing: the footer is then rewritten from its copy, after all else was found sound. It should be the
+    /// operator's word, or that of software which knows the disk to be a dynamic one: see the module's description.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] with the broken rule, [`ErrorKind::NeedsRepair`] when only recovery would allow writing,
+    /// [`ErrorKind::Parent`] for a differencing disk, [`ErrorKind::Unsupported`] for writing to a disk with which a
+    /// virtual machine was suspended, [`ErrorKind::Io`].
+    pub fn open(storage: Arc<dyn Storage>, read_only: bool, recover: bool) -> Result<Self, ImageError> {
+        let (found, virtual_size, body) = layout::read_all(&*storage)?;
+        let mut state = state_of(&found);
+        if found.footer.saved_state() && !read_only {
+            return Err(ImageError::new(
+                ErrorKind::Unsupported,
+                "footer: the saved-state byte says that a virtual machine was suspended with this disk, which writes \
+                 would corrupt; resume or discard it with the software that did so, or open the disk for reading",
+            ));
+        }
+        let Some(body) = body else {
+            let flat = Flat::new(storage, virtual_size, SECTOR as u32, read_only);
+            return Ok(Self { kind: Kind::Fixed(flat), state });
+        };
+        if found.disk_type == DiskType::Differencing {
+            return Err(layout::refuse_differencing(&body));
+        }
+        let growth = if read_only {
+            None
+        } else {
+            let used_end = layout::first_free(&*storage, &body, found.limit())?;
+            let growth = writable(&*storage, found, &body, used_end, recover)?;
+            state = if state == VhdState::FooterMissing { VhdState::Clean } else { state };
+            Some((growth, used_end))
+        };
+        Ok(Self { kind: Kind::Dynamic(Box::new(Dynamic::new(storage, &body, growth))), state })
+    }
+
+    /// The state of the footers when the image was opened, after recovery.
+    pub fn state(&self) -> VhdState {
+        self.state
+    }
+
+    /// Bytes of content that have a place in the file.
+    pub fn allocated_bytes(&self) -> u64 {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.virtual_size(),
+            Kind::Dynamic(d) => d.allocated_bytes(),
+        }
+    }
+}
+
+/// Readies a dynamic disk for writing: puts a lost footer back if that is allowed.
+fn writable(
+    storage: &dyn Storage,
+    found: Found,
+    body: &Body,
+    used_end: u64,
+    recover: bool,
+) -> Result<Growth, ImageError> {
+    let grid = SlotGrid::new(body.shape);
+    let (footer_at, file_len, moved) = match found.at {
+        Some(at) => (at, found.file_len, false),
+        None if recover => {
+            let (at, len) = put_footer_back(storage, &found, used_end)?;
+            (at, len, true)
+        }
+        None => {
+            return Err(ImageError::new(
+                ErrorKind::NeedsRepair,
+                "the footer at the file's end is missing and only its copy at 0 is valid, as after a power cut while \
+                 the file grew; repair the image, open it with recovery, or open it for reading",
+            ));
+        }
+    };
+    let copy_stale = matches!(found.copy, CopyState::Different | CopyState::Bad);
+    let mut growth = Growth::new(grid, found.footer, footer_at, file_len, used_end, copy_stale);
+    growth.moved = moved;
+    Ok(growth)
+}
+
+/// Writes the footer from its copy at 0 at the end of the file, durably. Returns its offset and the file's size.
+fn put_footer_back(storage: &dyn Storage, found: &Found, used_end: u64) -> Result<(u64, u64), ImageError> {
+    let len = end_of_file(used_end).max(found.file_len.next_multiple_of(grow::PAGE));
+    let at = len - FOOTER_LEN;
+    tracing::warn!(at, "VHD: the footer was missing and is put back from its copy");
+    storage
+        .write_at(found.footer.bytes(), at)
+        .map_err(|e| ImageError::io(format!("putting the footer back at {at}"), e))?;
+    grow::sync(storage)?;
+    Ok((at, len))
+}
+
+impl Image for Vhd {
+    fn format(&self) -> Format {
+        Format::Vhd
+    }
+
+    fn image_type(&self) -> ImageType {
+        match &self.kind {
+            Kind::Fixed(_) => ImageType::Fixed,
+            Kind::Dynamic(_) => ImageType::Dynamic,
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        let (virtual_size, block_size, payload_align) = match &self.kind {
+            // The footer follows the content: it shares the last page where the size is not a multiple of one.
+            Kind::Fixed(flat) if flat.virtual_size().is_multiple_of(grow::PAGE) => {
+                (flat.virtual_size(), 0, grow::PAGE as u32)
+            }
+            Kind::Fixed(flat) => (flat.virtual_size(), 0, SECTOR as u32),
+            Kind::Dynamic(d) => (d.shape().virtual_size, d.shape().block_size as u32, d.payload_align()),
+        };
+        Geometry {
+            virtual_size,
+            logical_sector_size: SECTOR as u32,
+            physical_sector_size: payload_align,
+            block_size,
+            payload_align,
+        }
+    }
+
+    fn is_read_only(&self) -> bool {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.is_read_only(),
+            Kind::Dynamic(d) => d.is_read_only(),
+        }
+    }
+
+    fn files(&self) -> &[Arc<dyn Storage>] {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.files(),
+            Kind::Dynamic(d) => d.files(),
+        }
+    }
+
+    fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.map_read(at, out),
+            Kind::Dynamic(d) => d.map_read(at, out),
+        }
+    }
+
+    fn map_write(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.map_write(at, out),
+            Kind::Dynamic(d) => d.map_write(at, out),
+        }
+    }
+
+    fn map_zero(&self, at: ByteSpan, _mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.map_write(at, out),
+            Kind::Dynamic(d) => d.map_zero(at, out),
+        }
+    }
+
+    fn sync_begin(&self) -> SyncToken {
+        // Metadata is in the file before a mapping call returns: any sync covers all of it.
+        SyncToken::default()
+    }
+
+    fn sync_done(&self, _token: SyncToken) {}
+
+    fn wants_maintenance(&self) -> bool {
+        match &self.kind {
+            Kind::Fixed(_) => false,
+            Kind::Dynamic(d) => d.wants_maintenance(),
+        }
+    }
+
+    fn maintain(&self, _quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(_) => Ok(()),
+            Kind::Dynamic(d) => d.maintain(),
+        }
+    }
+
+    fn commit(&self) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.sync(),
+            Kind::Dynamic(d) => d.commit(),
+        }
+    }
+
+    fn close(&self) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.sync(),
+            Kind::Dynamic(d) => d.close(),
+        }
+    }
+
+    fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.next_extent(offset),
+            Kind::Dynamic(d) => d.next_extent(offset),
+        }
+    }
+}
