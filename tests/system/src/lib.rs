@@ -1,1 +1,53 @@
-//! x
+//! What the tests of the whole daemon stand on: a daemon to start and kill, a vhost-user front end with its own ring
+//! driver, a load that knows what every sector must hold, and a real Linux guest in QEMU.
+//!
+//! ```text
+//!   Daemon (blockd, killed and restarted)   ◄── http ──┐
+//!     ▲ vhost-user socket                              │
+//!   FrontEnd ── Ring ── GuestMemory (memfd)            tests/*.rs
+//!     ▲                                                │
+//!   VerifiedLoad (model of every sector)    ◄──────────┘
+//! ```
+//!
+//! The daemon's binary is `$BLOCKD_BIN`, else `blockd` beside the test's own executable, so `cargo build -p blockd`
+//! (with the same profile) comes before `cargo test -p system-tests`. Tests that miss something they need print a line
+//! that begins with `SKIPPED:` and say what.
+
+pub mod daemon;
+pub mod front;
+pub mod histogram;
+pub mod http;
+pub mod load;
+pub mod memory;
+pub mod model;
+pub mod ring;
+pub mod wire;
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+
+pub use daemon::{Daemon, DiskSpec, Image};
+pub use front::{Base, FrontEnd, Options};
+pub use load::{LoadOptions, Mix, RunningLoad, VerifiedLoad};
+pub use memory::{DirtyLog, GuestMemory};
+pub use ring::{Request, Ring};
+
+/// Waits until `fd` can be read, at most `timeout`.
+pub fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let timeout = PollTimeout::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    matches!(nix::poll::poll(&mut fds, timeout), Ok(n) if n > 0)
+}
+
+/// Whether the other end of a socket is gone.
+pub fn hung_up(fd: BorrowedFd<'_>) -> bool {
+    assert!(fd.as_raw_fd() >= 0);
+    let mut fds = [PollFd::new(fd, PollFlags::empty())];
+    if nix::poll::poll(&mut fds, PollTimeout::ZERO).is_err() {
+        return true;
+    }
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
+    fds[0].revents().is_some_and(|events| events.intersects(gone))
+}

@@ -1,0 +1,251 @@
+//! What every sector of a disk must hold.
+//!
+//! Each write has a generation of its own, and each of its sectors is filled with (sector number, generation). So one
+//! look at a sector tells whose write it was, and the model tells whether that one may be seen: the last acknowledged
+//! write, or one that is in flight.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+/// The unit of the model and of virtio-blk requests.
+pub const SECTOR: usize = 512;
+const MAGIC: u64 = 0x5e_c7_0a_00 << 32;
+const ZERO: u32 = 1 << 31;
+
+/// What a sector was found to hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// Nothing but zeroes.
+    Zero,
+    /// The write of this generation.
+    Written(u32),
+    /// A mixture, another sector's content, or rubbish.
+    Foreign,
+}
+
+/// Fills `buffer` as the write of `generation` at `sector`.
+pub fn stamp(buffer: &mut [u8], sector: u64, generation: u32) {
+    for (i, chunk) in buffer.chunks_exact_mut(SECTOR).enumerate() {
+        let first = (MAGIC ^ (sector + i as u64)).to_le_bytes();
+        let second = u64::from(generation).to_le_bytes();
+        for pair in chunk.chunks_exact_mut(16) {
+            pair[..8].copy_from_slice(&first);
+            pair[8..].copy_from_slice(&second);
+        }
+    }
+}
+
+/// Tells what one sector's bytes are.
+pub fn read_stamp(bytes: &[u8], sector: u64) -> Content {
+    let first = &bytes[..16];
+    if bytes.chunks_exact(16).any(|pair| pair != first) {
+        return Content::Foreign;
+    }
+    if first == [0; 16] {
+        return Content::Zero;
+    }
+    let word = |at: usize| u64::from_le_bytes(first[at..at + 8].try_into().expect("8 bytes"));
+    if word(0) != MAGIC ^ sector {
+        return Content::Foreign;
+    }
+    u32::try_from(word(8)).map_or(Content::Foreign, Content::Written)
+}
+
+/// The disk as it has to be. A generation with the bit `ZERO` set is a write of zeroes.
+#[derive(Debug, Clone)]
+pub struct Model {
+    current: Vec<u32>,
+    pending: Vec<u32>,
+    last_zeroed: Vec<u32>,
+    next: u32,
+}
+
+impl Model {
+    /// A disk of `sectors` sectors that reads as zeroes.
+    pub fn new(sectors: u64) -> Self {
+        let len = usize::try_from(sectors).expect("64-bit");
+        Self { current: vec![0; len], pending: vec![0; len], last_zeroed: vec![0; len], next: 1 }
+    }
+
+    /// Sectors of the disk.
+    pub fn sectors(&self) -> u64 {
+        self.current.len() as u64
+    }
+
+    /// Sectors that hold something else than zeroes.
+    pub fn sectors_written(&self) -> u64 {
+        self.current.iter().filter(|c| **c & ZERO == 0 && **c != 0).count() as u64
+    }
+
+    fn range(sector: u64, count: u64) -> std::ops::Range<usize> {
+        sector as usize..(sector + count) as usize
+    }
+
+    /// Whether a write to any of these sectors is in flight.
+    pub fn is_busy(&self, sector: u64, count: u64) -> bool {
+        self.pending[Self::range(sector, count)].iter().any(|p| *p != 0)
+    }
+
+    /// A write begins; returns its generation.
+    pub fn begin_write(&mut self, sector: u64, count: u64) -> u32 {
+        let generation = self.next;
+        self.next += 1;
+        assert!(self.next < ZERO, "the generations are used up");
+        self.pending[Self::range(sector, count)].fill(generation);
+        generation
+    }
+
+    /// A write of zeroes begins.
+    pub fn begin_zero(&mut self, sector: u64, count: u64) -> u32 {
+        let generation = self.begin_write(sector, count);
+        self.pending[Self::range(sector, count)].fill(generation | ZERO);
+        self.last_zeroed[Self::range(sector, count)].fill(generation);
+        generation
+    }
+
+    /// The write that is in flight on these sectors was acknowledged.
+    pub fn acknowledge(&mut self, sector: u64, count: u64) {
+        for at in Self::range(sector, count) {
+            self.current[at] = std::mem::take(&mut self.pending[at]);
+        }
+    }
+
+    /// What was acknowledged last, to be given to [`Model::check_read`] when the read is done.
+    pub fn snapshot(&self, sector: u64, count: u64, to: &mut Vec<u32>) {
+        to.clear();
+        to.extend_from_slice(&self.current[Self::range(sector, count)]);
+    }
+
+    /// Checks what a read returned that began when `snapshot` was taken.
+    pub fn check_read(&self, sector: u64, bytes: &[u8], snapshot: &[u32]) -> Result<()> {
+        for (i, chunk) in bytes.chunks_exact(SECTOR).enumerate() {
+            let at = sector + i as u64;
+            let found = read_stamp(chunk, at);
+            ensure!(
+                self.may_hold(at, found, snapshot[i]),
+                "{}",
+                self.complaint(at, found, snapshot[i], chunk)
+            );
+        }
+        Ok(())
+    }
+
+    fn may_hold(&self, sector: u64, found: Content, snapshot: u32) -> bool {
+        let at = sector as usize;
+        let (current, pending) = (self.current[at], self.pending[at]);
+        let oldest = snapshot & !ZERO;
+        match found {
+            Content::Foreign => false,
+            Content::Written(generation) => {
+                let exact = [snapshot, current, pending].contains(&generation) && generation != 0;
+                let newest = (current & !ZERO).max(pending & !ZERO);
+                // Between two acknowledged writes there may have been others while the read was under way.
+                exact || (generation > oldest && generation < newest)
+            }
+            Content::Zero => {
+                snapshot == 0
+                    || [snapshot, current, pending].iter().any(|g| g & ZERO != 0)
+                    || self.last_zeroed[at] > oldest
+            }
+        }
+    }
+
+    fn complaint(&self, sector: u64, found: Content, snapshot: u32, bytes: &[u8]) -> String {
+        let name = |g: u32| match g {
+            0 => "never written".to_owned(),
+            g if g & ZERO != 0 => format!("zeroed by {}", g & !ZERO),
+            g => format!("written by {g}"),
+        };
+        let at = sector as usize;
+        let pending = match self.pending[at] {
+            0 => "nothing in flight".to_owned(),
+            g => format!("in flight: {}", name(g)),
+        };
+        let (first, last) = (&bytes[..16], &bytes[SECTOR - 16..]);
+        format!(
+            "sector {sector} holds {found:?} (first bytes {first:02x?}, last {last:02x?}), but when the read began it was {}, \
+             is now {}, {pending}",
+            name(snapshot),
+            name(self.current[at]),
+        )
+    }
+
+    /// Checks every sector of a raw file, with nothing in flight (or with writes in flight that may or may not be there).
+    pub fn check_file(&self, path: &Path) -> Result<()> {
+        let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut sector = 0;
+        while sector < self.sectors() {
+            let count = (self.sectors() - sector).min((buffer.len() / SECTOR) as u64);
+            let bytes = &mut buffer[..count as usize * SECTOR];
+            file.read_exact(bytes).with_context(|| format!("read {} at sector {sector}", path.display()))?;
+            let snapshot = &self.current[Self::range(sector, count)];
+            self.check_read(sector, bytes, snapshot).with_context(|| format!("in {}", path.display()))?;
+            sector += count;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sector_of(sector: u64, generation: u32) -> Vec<u8> {
+        let mut bytes = vec![0; SECTOR];
+        stamp(&mut bytes, sector, generation);
+        bytes
+    }
+
+    fn now(model: &Model, sector: u64) -> Vec<u32> {
+        let mut snapshot = Vec::new();
+        model.snapshot(sector, 1, &mut snapshot);
+        snapshot
+    }
+
+    #[test]
+    fn a_lost_write_is_found() {
+        let mut model = Model::new(8);
+        let first = model.begin_write(3, 1);
+        model.acknowledge(3, 1);
+        let second = model.begin_write(3, 1);
+        model.acknowledge(3, 1);
+        let snapshot = now(&model, 3);
+        assert!(model.check_read(3, &sector_of(3, second), &snapshot).is_ok());
+        assert!(model.check_read(3, &sector_of(3, first), &snapshot).is_err());
+        assert!(model.check_read(3, &[0; SECTOR], &snapshot).is_err());
+        assert!(model.check_read(3, &sector_of(4, second), &snapshot).is_err());
+    }
+
+    #[test]
+    fn a_write_in_flight_may_be_seen_or_not() {
+        let mut model = Model::new(8);
+        let first = model.begin_write(0, 1);
+        model.acknowledge(0, 1);
+        let second = model.begin_write(0, 1);
+        let snapshot = now(&model, 0);
+        assert!(model.check_read(0, &sector_of(0, first), &snapshot).is_ok());
+        assert!(model.check_read(0, &sector_of(0, second), &snapshot).is_ok());
+        assert!(model.check_read(0, &[0; SECTOR], &snapshot).is_err());
+        let mut torn = sector_of(0, first);
+        torn[256..].copy_from_slice(&sector_of(0, second)[256..]);
+        assert!(model.check_read(0, &torn, &snapshot).is_err());
+    }
+
+    #[test]
+    fn a_read_that_began_before_a_write_may_see_either() {
+        let mut model = Model::new(8);
+        let snapshot = now(&model, 0);
+        let generation = model.begin_zero(0, 1);
+        model.acknowledge(0, 1);
+        let next = model.begin_write(0, 1);
+        assert!(next > generation);
+        model.acknowledge(0, 1);
+        assert!(model.check_read(0, &[0; SECTOR], &snapshot).is_ok());
+        assert!(model.check_read(0, &sector_of(0, next), &snapshot).is_ok());
+        assert!(model.check_read(0, &[0; SECTOR], &now(&model, 0)).is_err());
+    }
+}
