@@ -217,9 +217,10 @@ impl Growth {
 
     /// Moves the footer right behind `used_end`, the end of the last block, and cuts the file there.
     pub(super) fn shrink(&mut self, storage: &dyn Storage, used_end: u64) -> Result<(), ImageError> {
-        sync(storage)?;
         let new_len = end_of_file(used_end);
-        if new_len < self.file_len {
+        if new_len >= self.file_len {
+            sync(storage)?;
+        } else {
             self.renew_copy(storage)?;
             let at = new_len - FOOTER_LEN;
             storage
