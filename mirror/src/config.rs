@@ -159,6 +159,9 @@ pub enum ConfigError {
         /// Bytes of an extent.
         extent_size: u64,
     },
+    /// The commit would have no generation.
+    #[error("the disk's generation is {0}: the next one does not fit in 64 bits")]
+    Generation(u64),
     /// No bandwidth at all.
     #[error("bandwidth is 0 bytes a second: at least 1, or none for no limit; to stop a move, pause it")]
     NoBandwidth,
@@ -187,6 +190,9 @@ impl Config {
         }
         if copy_bytes_max == 0 || copy_bytes_max % extent_size != 0 {
             return Err(ConfigError::CopyBytes { copy_bytes_max, extent_size });
+        }
+        if self.plan.generation == u64::MAX {
+            return Err(ConfigError::Generation(self.plan.generation));
         }
         if self.bandwidth == Some(0) {
             return Err(ConfigError::NoBandwidth);

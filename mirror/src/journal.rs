@@ -10,8 +10,8 @@
 //!   ..., Done                        nothing is left to do
 //! ```
 //!
-//! An append that failed is repeated *at the same offset*: otherwise its torn remains would stand in the middle of the
-//! file. A record may also stand there twice, when the first append was durable though it was reported as failed.
+//! After an append that failed the next one (the same record or another) goes *to the same offset*: otherwise torn
+//! remains would stand in the middle of the file. A record may also stand there twice, when the first append was durable though it was reported as failed.
 
 use serde::{Deserialize, Serialize};
 
@@ -91,7 +91,7 @@ pub struct Receipt {
     pub passes: u32,
     /// Microseconds from the plan to the end.
     pub duration_us: u64,
-    /// Microseconds from asking for the commit record until the target was the disk; 0 for a copy.
+    /// Microseconds from the flush before the commit until the target was the disk.
     pub commit_us: u64,
     /// Whether the source was deleted.
     pub source_deleted: bool,
@@ -322,7 +322,11 @@ impl Seen {
             self.options = Some(options.clone());
             return Ok(());
         }
-        let Some(options) = &self.options else { return Err("there is no plan before it") };
+        let Some(options) = &self.options else {
+            // The plan could not be recorded, so nothing was begun, and the end was recorded in its place.
+            let is_end = matches!(record, Record::Cancelled | Record::Failed { .. });
+            return if is_end { Ok(()) } else { Err("there is no plan before it") };
+        };
         match record {
             Record::Plan { .. } => {}
             Record::Phase { .. } => {
@@ -485,6 +489,7 @@ mod tests {
         let over = Ok(Recovery::SourceIsDisk { restart: false, finish_copy: false });
         let target = |finish, delete_source| Ok(Recovery::TargetIsDisk { finish, delete_source });
         assert_eq!(recover(&[]), Ok(Recovery::Nothing));
+        assert_eq!(recover(&[Record::Cancelled]), Ok(Recovery::Nothing));
         assert_eq!(recover(&[plan()]), restart);
         assert_eq!(recover(&[plan(), plan(), Record::Phase { phase: RecordedPhase::Synced }]), restart);
         assert_eq!(recover(&[plan(), Record::Cancelled]), over);

@@ -1,0 +1,1 @@
+//! Single rules, one test each; interleavings are the simulator's business.
