@@ -15,6 +15,7 @@
 
 pub mod daemon;
 pub mod front;
+pub mod guest;
 pub mod histogram;
 pub mod http;
 pub mod load;
