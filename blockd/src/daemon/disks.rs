@@ -1,0 +1,531 @@
+//! Disks that are served: attaching, listing, flushing, detaching.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use blockd_api::{AttachRequest, DiskInfo, LatencyInfo, Percentiles};
+
+use super::error::{DaemonError, Kind};
+use super::state::DiskRecord;
+use super::{Daemon, lock, names};
+use crate::disk::{Disk, DiskEvent, DiskEvents, DiskSpec};
+use crate::histogram::Snapshot;
+
+/// How long a detach waits for a front end that has just let go.
+const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
+
+/// A disk, as far as the daemon has got with it.
+#[derive(Debug)]
+pub(super) enum Slot {
+    /// It is served.
+    Served(Arc<Served>),
+    /// It is remembered, and can't be served.
+    Broken(Broken),
+    /// Somebody is at it: the word says what is being done.
+    Taken(DiskSpec, &'static str),
+}
+
+/// A disk that can't be served.
+#[derive(Debug, Clone)]
+pub(super) struct Broken {
+    /// Absent when even that could not be read.
+    record: Option<DiskRecord>,
+    why: String,
+}
+
+/// A disk that is served.
+pub(super) struct Served {
+    pub(super) disk: Arc<Disk>,
+    /// As it is in the state directory; held while it is replaced there.
+    record: Mutex<DiskRecord>,
+    /// The move that has it; set under the lock of all disks, since a detach looks there.
+    job: Mutex<Option<String>>,
+}
+
+impl std::fmt::Debug for Served {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Served").field("record", &self.record).field("job", &self.job).finish_non_exhaustive()
+    }
+}
+
+impl Served {
+    pub(super) fn id(&self) -> &str {
+        &self.disk.spec().id
+    }
+
+    pub(super) fn generation(&self) -> u64 {
+        lock(&self.record).generation
+    }
+
+    pub(super) fn job(&self) -> Option<String> {
+        lock(&self.job).clone()
+    }
+
+    pub(super) fn set_job(&self, job: Option<String>) {
+        *lock(&self.job) = job;
+    }
+
+    /// Lets go of the job, if it is still this one that has the disk.
+    pub(super) fn clear_job(&self, job: &str) {
+        let mut held = lock(&self.job);
+        if held.as_deref() == Some(job) {
+            *held = None;
+        }
+    }
+
+    /// Changes the record in memory once the changed one is durable.
+    pub(super) fn change_record(
+        &self,
+        state: &super::state::StateDir,
+        change: impl FnOnce(&mut DiskRecord),
+    ) -> std::io::Result<()> {
+        let mut record = lock(&self.record);
+        let mut changed = record.clone();
+        change(&mut changed);
+        state.put(&changed)?;
+        *record = changed;
+        Ok(())
+    }
+
+    /// The end of the daemon: closes the disk, or only flushes it when a move works on it.
+    pub(super) fn end(&self, moving: bool) {
+        let ended = if moving { self.disk.flush() } else { self.disk.stop() };
+        match ended {
+            Ok(()) => tracing::info!(disk = self.id(), moving, "ended"),
+            Err(e) => tracing::error!(disk = self.id(), moving, error = e.message, "did not end cleanly"),
+        }
+    }
+
+    fn info(&self) -> DiskInfo {
+        let (disk, spec, stats) = (&self.disk, self.disk.spec(), self.disk.stats());
+        let (image, geometry) = (text(&disk.image_path()), disk.geometry());
+        DiskInfo {
+            id: spec.id.clone(),
+            chain: vec![image.clone()],
+            image,
+            format: disk.format().to_string(),
+            image_type: disk.image_type().to_string(),
+            size_bytes: geometry.virtual_size,
+            sector_size: geometry.logical_sector_size,
+            socket: text(&spec.socket),
+            queues: spec.queues,
+            read_only: spec.read_only,
+            connected: disk.is_connected(),
+            generation: self.generation(),
+            job: self.job(),
+            failed: disk.failed(),
+            reads: stats.reads,
+            writes: stats.writes,
+            flushes: stats.flushes,
+            discards: stats.discards,
+            read_bytes: stats.read_bytes,
+            written_bytes: stats.written_bytes,
+            errors: stats.errors,
+            latency_us: LatencyInfo {
+                read: percentiles(&stats.read_latency),
+                write: percentiles(&stats.write_latency),
+            },
+        }
+    }
+}
+
+impl Broken {
+    fn info(&self, id: &str) -> DiskInfo {
+        let record = self.record.as_ref();
+        let image = record.map(|r| text(&r.image)).unwrap_or_default();
+        DiskInfo {
+            id: id.to_owned(),
+            chain: record.iter().map(|r| text(&r.image)).collect(),
+            image,
+            format: record.and_then(|r| r.format).map(|f| f.to_string()).unwrap_or_default(),
+            image_type: String::new(),
+            size_bytes: 0,
+            sector_size: 0,
+            socket: record.map(|r| text(&r.spec.socket)).unwrap_or_default(),
+            queues: record.map_or(0, |r| r.spec.queues),
+            read_only: record.is_some_and(|r| r.spec.read_only),
+            connected: false,
+            generation: record.map_or(0, |r| r.generation),
+            job: None,
+            failed: Some(self.why.clone()),
+            reads: 0,
+            writes: 0,
+            flushes: 0,
+            discards: 0,
+            read_bytes: 0,
+            written_bytes: 0,
+            errors: 0,
+            latency_us: LatencyInfo::default(),
+        }
+    }
+}
+
+impl Slot {
+    /// Socket and image that it holds or wants.
+    fn holds(&self) -> Option<(PathBuf, PathBuf)> {
+        match self {
+            Self::Served(served) => Some((served.disk.spec().socket.clone(), served.disk.image_path())),
+            Self::Taken(spec, _) => Some((spec.socket.clone(), spec.image.clone())),
+            // It may take what a broken disk would want: that one is not served anyway.
+            Self::Broken(_) => None,
+        }
+    }
+}
+
+impl Daemon {
+    /// Serves a disk and remembers it. A disk that is remembered but could not be served is tried again when its image is
+    /// the one that is asked for.
+    ///
+    /// # Errors
+    /// As [`Kind`] has them; nothing is remembered then that was not before.
+    pub fn attach(&self, request: &AttachRequest) -> Result<DiskInfo, DaemonError> {
+        let spec = requested(request)?;
+        let before = self.take_for_attach(&spec)?;
+        let known = before.clone().and_then(|b| b.record);
+        let recover = known.is_some();
+        let record = match known {
+            Some(mut old) => {
+                (old.format, old.spec) = (spec.format.or(old.format), spec.clone());
+                old
+            }
+            None => DiskRecord::new(spec.clone()),
+        };
+        let served = self.serve(&record, recover, recover);
+        if served.is_err() {
+            // As it was, so that the disk may be tried again.
+            let mut disks = self.disks();
+            match before {
+                Some(broken) => disks.insert(spec.id.clone(), Slot::Broken(broken)),
+                None => disks.remove(&spec.id),
+            };
+        }
+        Ok(served?.info())
+    }
+
+    /// Every disk, by name.
+    pub fn list(&self) -> Vec<DiskInfo> {
+        let ids: Vec<_> = self.disks().keys().cloned().collect();
+        ids.iter().filter_map(|id| self.show(id).ok()).collect()
+    }
+
+    /// One disk.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`]; [`Kind::Busy`] while it is attached or detached.
+    pub fn show(&self, id: &str) -> Result<DiskInfo, DaemonError> {
+        self.settle_job_of(id);
+        let broken = match self.disks().get(id) {
+            Some(Slot::Broken(broken)) => Some(broken.clone()),
+            _ => None,
+        };
+        match broken {
+            Some(broken) => Ok(broken.info(id)),
+            None => Ok(self.find(id)?.info()),
+        }
+    }
+
+    /// Makes durable what the guest has written so far.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`], [`Kind::Busy`], [`Kind::State`] for a disk that is not served; what the image says.
+    pub fn flush(&self, id: &str) -> Result<(), DaemonError> {
+        Ok(self.find(id)?.disk.flush()?)
+    }
+
+    /// Ends serving a disk and forgets it. The image stays, closed. Force is needed to take a disk from a front end that
+    /// uses it, or from a move, which is cancelled then.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`]; [`Kind::Busy`] when force is needed; what the image says when it can't be closed: the disk is
+    /// no longer served then, but listed with the reason.
+    pub fn detach(&self, id: &str, force: bool) -> Result<(), DaemonError> {
+        if force {
+            self.cancel_job_of(id);
+        }
+        self.settle_job_of(id);
+        let stopped = match self.take_for_detach(id, force)? {
+            Slot::Served(served) => served.disk.stop().map_err(|e| (Some(lock(&served.record).clone()), e)),
+            _ => Ok(()),
+        };
+        if let Err((record, e)) = stopped {
+            let e = DaemonError::from(e);
+            self.list_as_broken(id, record, e.clone());
+            return Err(e);
+        }
+        let forgotten = self.state.remove(id);
+        self.disks().remove(id);
+        self.events.push(
+            "disk-detached",
+            Some(id),
+            None,
+            if force { "detached by force" } else { "detached" },
+        );
+        tracing::info!(disk = id, force, "detached");
+        forgotten.map_err(|e| {
+            DaemonError::io(
+                format!(
+                    "disk {id} is detached, but its record {} can't be removed, so it will come back with the next start",
+                    self.state.record_path(id).display()
+                ),
+                &e,
+            )
+        })
+    }
+
+    /// The disk, if it is served.
+    pub(super) fn find(&self, id: &str) -> Result<Arc<Served>, DaemonError> {
+        match self.disks().get(id) {
+            Some(Slot::Served(served)) => Ok(served.clone()),
+            Some(Slot::Taken(_, what)) => Err(busy(id, what)),
+            Some(Slot::Broken(broken)) => {
+                Err(DaemonError::new(Kind::State, format!("disk {id} is not served: {}", broken.why)))
+            }
+            None => Err(not_found(id)),
+        }
+    }
+
+    /// Every disk that is served.
+    pub(super) fn served(&self) -> Vec<Arc<Served>> {
+        let served = |slot: &Slot| match slot {
+            Slot::Served(served) => Some(served.clone()),
+            _ => None,
+        };
+        self.disks().values().filter_map(served).collect()
+    }
+
+    /// Remembers the disk and serves it. Remembered first: a guest may write as soon as the socket is there, and counts
+    /// on finding the disk again after a crash.
+    pub(super) fn serve(
+        &self,
+        record: &DiskRecord,
+        recover: bool,
+        known: bool,
+    ) -> Result<Arc<Served>, DaemonError> {
+        let id = &record.spec.id;
+        self.check_not_held(&record.serve())?;
+        let opened = self.remember(record).and_then(|()| self.open(record, recover));
+        let served = match opened {
+            Ok(served) => served,
+            Err(e) => {
+                if !known {
+                    // At worst it is listed as a disk that can't be served after the next start.
+                    let _ = self.state.remove(id);
+                }
+                return Err(e);
+            }
+        };
+        self.disks().insert(id.clone(), Slot::Served(served.clone()));
+        let image = served.disk.image_path();
+        tracing::info!(disk = id, image = %image.display(), socket = %record.spec.socket.display(), "served");
+        self.events.push("disk-attached", Some(id), None, format!("{} is served", image.display()));
+        Ok(served)
+    }
+
+    fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
+        let disk = Disk::start(record.serve(), recover, self.disk_events(&record.spec.id))?;
+        let format = disk.format();
+        let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), job: Mutex::default() });
+        if record.format != Some(format) {
+            served.change_record(&self.state, |r| r.format = Some(format)).map_err(|e| {
+                let _ = served.disk.stop();
+                self.not_remembered(&record.spec.id, &e)
+            })?;
+        }
+        Ok(served)
+    }
+
+    fn remember(&self, record: &DiskRecord) -> Result<(), DaemonError> {
+        self.state.put(record).map_err(|e| self.not_remembered(&record.spec.id, &e))
+    }
+
+    fn not_remembered(&self, id: &str, e: &std::io::Error) -> DaemonError {
+        let path = self.state.record_path(id);
+        DaemonError::io(
+            format!("disk {id} can't be remembered in {}, so it is not served", path.display()),
+            e,
+        )
+    }
+
+    fn disk_events(&self, id: &str) -> DiskEvents {
+        let (events, id) = (self.events.clone(), id.to_owned());
+        Arc::new(move |event| {
+            let (kind, message) = match event {
+                DiskEvent::Connected => {
+                    ("disk-connected", "a front end is connected and its rings run".to_owned())
+                }
+                DiskEvent::Disconnected => ("disk-disconnected", "the front end is gone".to_owned()),
+                DiskEvent::Failed(why) => ("disk-failed", why),
+            };
+            if kind == "disk-failed" {
+                tracing::error!(disk = id, message, "the disk has failed");
+            } else {
+                tracing::info!(disk = id, kind, "{message}");
+            }
+            events.push(kind, Some(&id), None, message);
+        })
+    }
+
+    /// Lists a disk that can't be served, with the reason.
+    pub(super) fn list_as_broken(&self, id: &str, record: Option<DiskRecord>, e: DaemonError) {
+        tracing::error!(disk = id, error = e.message, "the disk can't be served");
+        self.events.push("disk-failed", Some(id), None, e.message.clone());
+        self.disks().insert(id.to_owned(), Slot::Broken(Broken { record, why: e.message }));
+    }
+
+    /// Holds the name for a disk to be attached; answers what was remembered of it.
+    fn take_for_attach(&self, spec: &DiskSpec) -> Result<Option<Broken>, DaemonError> {
+        let mut disks = self.disks();
+        let id = &spec.id;
+        let broken = match disks.get(id) {
+            None => None,
+            Some(Slot::Served(_)) => {
+                let message = format!("disk {id} exists; choose another name, or detach that one first");
+                return Err(DaemonError::new(Kind::Exists, message));
+            }
+            Some(Slot::Taken(_, what)) => return Err(busy(id, what)),
+            Some(Slot::Broken(broken)) => match &broken.record {
+                Some(record) if record.image == spec.image => Some(broken.clone()),
+                _ => {
+                    return Err(DaemonError::new(
+                        Kind::Exists,
+                        format!("disk {id} is remembered, but not served: {}; detach it first", broken.why),
+                    ));
+                }
+            },
+        };
+        disks.insert(id.clone(), Slot::Taken(spec.clone(), "being attached"));
+        Ok(broken)
+    }
+
+    /// Takes the disk out of service's reach; what was in the slot is the caller's.
+    fn take_for_detach(&self, id: &str, force: bool) -> Result<Slot, DaemonError> {
+        let give_up = Instant::now() + DISCONNECT_GRACE;
+        loop {
+            let mut disks = self.disks();
+            let slot = disks.get_mut(id).ok_or_else(|| not_found(id))?;
+            match slot {
+                Slot::Taken(_, what) => return Err(busy(id, what)),
+                Slot::Broken(_) => {}
+                Slot::Served(served) => {
+                    if let Some(job) = served.job() {
+                        return Err(DaemonError::new(
+                            Kind::Busy,
+                            format!("disk {id} is being moved by job {job}; cancel that first, or use force"),
+                        ));
+                    }
+                    if !force && served.disk.is_connected() {
+                        if Instant::now() < give_up {
+                            drop(disks);
+                            std::thread::sleep(Duration::from_millis(20));
+                            continue;
+                        }
+                        return Err(DaemonError::new(
+                            Kind::Busy,
+                            format!(
+                                "disk {id} is used by a front end; shut the guest down first, or use force"
+                            ),
+                        ));
+                    }
+                }
+            }
+            let spec = match slot {
+                Slot::Served(served) => {
+                    DiskSpec { image: served.disk.image_path(), ..served.disk.spec().clone() }
+                }
+                _ => placeholder(id),
+            };
+            return Ok(std::mem::replace(slot, Slot::Taken(spec, "being detached")));
+        }
+    }
+
+    /// No two disks share an image or a socket, and none takes the API's.
+    fn check_not_held(&self, spec: &DiskSpec) -> Result<(), DaemonError> {
+        let taken = |what: &str, path: &Path, by: &str| {
+            let path = path.display();
+            let message = format!("disk {}: the {what} {path} is used by {by}; choose another one", spec.id);
+            Err(DaemonError::new(Kind::Exists, message))
+        };
+        if spec.socket == self.api_socket {
+            return taken("socket", &spec.socket, "the control API");
+        }
+        for (id, slot) in self.disks().iter().filter(|(id, _)| **id != spec.id) {
+            match slot.holds() {
+                Some((socket, _)) if socket == spec.socket => {
+                    return taken("socket", &socket, &format!("disk {id}"));
+                }
+                Some((_, image)) if image == spec.image => {
+                    return taken("image", &image, &format!("disk {id}"));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a slot holds whose disk was not served.
+fn placeholder(id: &str) -> DiskSpec {
+    DiskSpec {
+        id: id.to_owned(),
+        image: PathBuf::new(),
+        socket: PathBuf::new(),
+        format: None,
+        queues: 0,
+        io_threads: 0,
+        read_only: false,
+    }
+}
+
+fn requested(request: &AttachRequest) -> Result<DiskSpec, DaemonError> {
+    let spec = DiskSpec {
+        id: request.id.clone(),
+        image: request.image.clone().into(),
+        socket: request.socket.clone().into(),
+        format: request.format.as_deref().map(names::parse_format).transpose()?,
+        queues: request.queues,
+        io_threads: request.io_threads,
+        read_only: request.read_only,
+    };
+    names::check_spec(&spec)?;
+    if !request.parents.is_empty() {
+        return Err(DaemonError::new(
+            Kind::Unsupported,
+            format!(
+                "disk {}: images with parents can't be served yet; leave the parents' folders away",
+                spec.id
+            ),
+        ));
+    }
+    match spec.image.metadata() {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let message = format!("disk {}: there is no image {}; create it first", spec.id, request.image);
+            Err(DaemonError::new(Kind::NotFound, message))
+        }
+        _ => Ok(spec),
+    }
+}
+
+fn not_found(id: &str) -> DaemonError {
+    DaemonError::new(
+        Kind::NotFound,
+        format!("there is no disk {id:?}; `blockctl disk list` shows those that are"),
+    )
+}
+
+fn busy(id: &str, what: &str) -> DaemonError {
+    DaemonError::new(Kind::Busy, format!("disk {id} is {what}; try again when that is done"))
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
+
+fn percentiles(latency: &Snapshot) -> Percentiles {
+    Percentiles {
+        p50: latency.quantile_us(0.5),
+        p99: latency.quantile_us(0.99),
+        p999: latency.quantile_us(0.999),
+        max: latency.max_ns as f64 / 1000.0,
+    }
+}

@@ -1,0 +1,137 @@
+//! The daemon around the data path: which disks are served, how they come back after a crash, and how clients drive it.
+//!
+//! ```text
+//!   main ─► config ─► server ──── signals, systemd, the API's socket
+//!                       │
+//!              api ─► Daemon ─► disks ─► crate::disk      attach, detach, show, flush
+//!                       │  └──► jobs  ─► crate::mover     moves and their verbs
+//!                       ├─► state    records that survive a power cut
+//!                       └─► events, metrics
+//! ```
+//!
+//! [`Daemon`] is plain blocking code: the API calls it from threads that may wait. No lock is held while a disk or a move
+//! is opened, stopped or waited for; whatever is under way on a disk holds that disk's slot instead.
+//!
+//! This room must not know how an image lays out its bytes, nor what a ring is.
+
+pub mod api;
+pub mod clock;
+pub mod config;
+mod disks;
+pub mod error;
+pub mod events;
+mod jobs;
+pub mod metrics;
+pub mod names;
+mod openapi;
+mod plan;
+mod recall;
+pub mod server;
+pub mod state;
+mod system;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::mover;
+use config::Asked;
+use disks::Slot;
+use error::DaemonError;
+use events::Events;
+use jobs::Jobs;
+use recall::{Origin, Start};
+use state::StateDir;
+
+pub use jobs::Verb;
+
+/// All that a daemon serves and does.
+#[derive(Debug)]
+pub struct Daemon {
+    state: Arc<StateDir>,
+    /// No disk may take it.
+    api_socket: PathBuf,
+    events: Arc<Events>,
+    disks: Mutex<BTreeMap<String, Slot>>,
+    jobs: Mutex<Jobs>,
+}
+
+impl Daemon {
+    /// Brings up everything: finishes or undoes what journals of moves say, serves the disks that are remembered or asked
+    /// for, and starts the moves again that were under way. A disk that can't be served is listed with the reason, and
+    /// the others come up.
+    ///
+    /// # Errors
+    /// When the state directory can't be read, or a disk that was typed just now and never served before can't be
+    /// served.
+    pub fn start(state: StateDir, api_socket: &Path, asked: Vec<Asked>) -> Result<Arc<Self>, DaemonError> {
+        let recovered = mover::recover(&state.moves_dir())?;
+        let starts = recall::recall(state.disks()?, recovered.images, asked);
+        let daemon = Arc::new(Self {
+            state: Arc::new(state),
+            api_socket: api_socket.to_owned(),
+            events: Arc::default(),
+            disks: Mutex::default(),
+            jobs: Mutex::new(Jobs::remembered(recovered.jobs)),
+        });
+        daemon.bring_up(starts)?;
+        for plan in recovered.restart {
+            daemon.restart_move(plan);
+        }
+        Ok(daemon)
+    }
+
+    /// The events so far and to come.
+    pub fn events(&self) -> &Arc<Events> {
+        &self.events
+    }
+
+    /// Ends cleanly: every disk that no move works on is drained and closed. A disk that is being moved is flushed and
+    /// left to the end of the process, as after a crash: so its move is taken up at the next start.
+    pub fn stop(&self) {
+        self.events.close();
+        let moving = self.moving_disks();
+        std::thread::scope(|scope| {
+            for served in self.served() {
+                let moving = moving.contains(&served.id().to_owned());
+                // Each in its own thread: a disk whose storage hangs must not keep the others from closing.
+                scope.spawn(move || served.end(moving));
+            }
+        });
+    }
+
+    /// Serves what [`recall`] has put together: first what was asked for, since that is what somebody waits for.
+    fn bring_up(&self, starts: BTreeMap<String, Start>) -> Result<(), DaemonError> {
+        let remembered = |start: &Start| matches!(start, Start::Serve { origin: Origin::Remembered, .. });
+        let (then, first): (Vec<_>, Vec<_>) = starts.into_iter().partition(|(_, start)| remembered(start));
+        for (id, start) in first.into_iter().chain(then) {
+            match start {
+                Start::Unknown(e) => self.list_as_broken(&id, None, e),
+                Start::Serve { record, recover, origin } => {
+                    match self.serve(&record, recover, origin.is_known()) {
+                        Ok(_) => {}
+                        Err(e) if origin == Origin::Typed => {
+                            self.stop();
+                            return Err(DaemonError::new(e.kind, format!("disk {id} can't be served: {e}")));
+                        }
+                        Err(e) => self.list_as_broken(&id, Some(record), e),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn disks(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
+        lock(&self.disks)
+    }
+
+    fn jobs(&self) -> MutexGuard<'_, Jobs> {
+        lock(&self.jobs)
+    }
+}
+
+/// Nothing under these locks is left half done by a panic, so a poisoned one is as good.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,382 @@
+//! The state directory: what the daemon must know again after it was killed.
+//!
+//! ```text
+//! DIR/lock           held (an open-file-description lock) while a daemon uses the directory
+//! DIR/disks/ID.json  one record a disk: what was asked for, and which image is the disk now
+//! DIR/moves/         the journals of moves; the mover's business
+//! ```
+//!
+//! A record is replaced by writing a temporary file, syncing it, renaming it over the old one and syncing the directory.
+//! So whoever reads it after a power cut finds the old record or the new one, whole.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use formats::Format;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use serde::{Deserialize, Serialize};
+
+use super::error::{DaemonError, Kind};
+use super::names;
+use crate::disk::DiskSpec;
+
+/// The layout of a record that this version writes and reads.
+const VERSION: u32 = 1;
+/// No record comes near it; more is no record of ours.
+const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// What is remembered of a disk.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskRecord {
+    /// [`VERSION`].
+    version: u32,
+    /// What was asked for. Its image is the one that was asked for first; a move does not change it.
+    pub spec: DiskSpec,
+    /// The image that is the disk now, absolute.
+    pub image: PathBuf,
+    /// Format of `image`; absent only until it was opened for the first time.
+    pub format: Option<Format>,
+    /// How often a move has put another image in place.
+    pub generation: u64,
+}
+
+impl DiskRecord {
+    /// The record of a disk that was just asked for.
+    pub fn new(spec: DiskSpec) -> Self {
+        Self { version: VERSION, image: spec.image.clone(), format: spec.format, spec, generation: 0 }
+    }
+
+    /// What to serve: what was asked for, from the image that is the disk now.
+    pub fn serve(&self) -> DiskSpec {
+        DiskSpec { image: self.image.clone(), format: self.format, ..self.spec.clone() }
+    }
+}
+
+/// The state directory, locked for this process.
+#[derive(Debug)]
+pub struct StateDir {
+    root: PathBuf,
+    _lock: File,
+}
+
+impl StateDir {
+    /// Opens the directory, creating what is absent, and takes its lock.
+    ///
+    /// # Errors
+    /// [`Kind::Locked`] when another daemon holds it; [`Kind::Io`] when it can't be created or written.
+    pub fn open(root: &Path) -> Result<Self, DaemonError> {
+        let failed = |e: io::Error| {
+            DaemonError::io(format!("the state directory {} can't be used", root.display()), &e)
+        };
+        for dir in [root, &root.join("disks"), &root.join("moves")] {
+            create_dir(dir).map_err(failed)?;
+        }
+        let lock = lock_file(&root.join("lock"))?;
+        let state = Self { root: root.to_owned(), _lock: lock };
+        state.remove_temporaries().map_err(failed)?;
+        Ok(state)
+    }
+
+    /// Where the journals of moves live.
+    pub fn moves_dir(&self) -> PathBuf {
+        self.root.join("moves")
+    }
+
+    /// Every disk that is remembered; a damaged record is an error of that disk alone.
+    ///
+    /// # Errors
+    /// [`Kind::Io`] when the directory can't be listed.
+    pub fn disks(&self) -> Result<BTreeMap<String, Result<DiskRecord, DaemonError>>, DaemonError> {
+        let dir = self.root.join("disks");
+        let failed = |e: io::Error| DaemonError::io(format!("{} can't be listed", dir.display()), &e);
+        let mut found = BTreeMap::new();
+        for entry in fs::read_dir(&dir).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let id = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.strip_suffix(".json"));
+            match id {
+                Some(id) if names::check_disk_id(id).is_ok() => {
+                    found.insert(id.to_owned(), read_record(&path, id));
+                }
+                _ => tracing::warn!(path = %path.display(), "not a record of a disk: left alone"),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes the record durable before it returns.
+    ///
+    /// # Errors
+    /// Whatever the file system says; then the old record is still in place, or the new one is there but perhaps not
+    /// durable.
+    pub fn put(&self, record: &DiskRecord) -> io::Result<()> {
+        let id = &record.spec.id;
+        let text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
+        let (dir, path) = (self.root.join("disks"), self.record_path(id));
+        // No identifier begins with a dot, so this is no record's name.
+        let temporary = dir.join(format!(".{id}.json.new"));
+        let written = (|| {
+            let mut file =
+                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+            file.write_all(&text)?;
+            file.write_all(b"\n")?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)
+        })();
+        if written.is_err() {
+            let _ = fs::remove_file(&temporary);
+        }
+        written?;
+        sync_dir(&dir)
+    }
+
+    /// Forgets a disk, durably; one that was not remembered is no error.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn remove(&self, id: &str) -> io::Result<()> {
+        match fs::remove_file(self.record_path(id)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => sync_dir(&self.root.join("disks")),
+        }
+    }
+
+    /// Path of a disk's record.
+    pub fn record_path(&self, id: &str) -> PathBuf {
+        self.root.join("disks").join(format!("{id}.json"))
+    }
+
+    /// What a crash between writing and renaming left: never read, so it may go.
+    fn remove_temporaries(&self) -> io::Result<()> {
+        for entry in fs::read_dir(self.root.join("disks"))? {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name.to_str().is_some_and(|n| n.starts_with('.') && n.ends_with(".json.new")) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_record(path: &Path, id: &str) -> Result<DiskRecord, DaemonError> {
+    let damaged = |why: String| {
+        let message = format!(
+            "the record of disk {id}, {}, {why}; restore it from a backup, or detach the disk and attach its image again",
+            path.display()
+        );
+        DaemonError::new(Kind::Corrupt, message)
+    };
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|f| f.take(RECORD_BYTES_MAX).read_to_string(&mut text))
+        .map_err(|e| damaged(format!("can't be read: {e}")))?;
+    // The version first: a later one may well have fields that are unknown here.
+    let version: Version = serde_json::from_str(&text).map_err(|e| damaged(format!("is damaged: {e}")))?;
+    if version.version != VERSION {
+        return Err(damaged(format!("has version {}, and only {VERSION} is known here", version.version)));
+    }
+    let record: DiskRecord = serde_json::from_str(&text).map_err(|e| damaged(format!("is damaged: {e}")))?;
+    if record.spec.id != id {
+        return Err(damaged(format!("is of another disk, {:?}", record.spec.id)));
+    }
+    if !record.image.is_absolute() {
+        return Err(damaged(format!("names an image by a relative path, {:?}", record.image)));
+    }
+    names::check_spec(&record.spec).map_err(|e| damaged(format!("is damaged: {e}")))?;
+    Ok(record)
+}
+
+#[derive(Deserialize)]
+struct Version {
+    version: u32,
+}
+
+/// Opens the lock file and locks it for as long as it stays open; the holder's process id is in it, for messages.
+fn lock_file(path: &Path) -> Result<File, DaemonError> {
+    let failed = |e: io::Error| DaemonError::io(format!("{} can't be locked", path.display()), &e);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed)?;
+    let whole = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(&file, FcntlArg::F_OFD_SETLK(&whole)) {
+        Ok(_) => {}
+        Err(Errno::EAGAIN | Errno::EACCES) => return Err(held_by_another(path, &mut file)),
+        Err(e) => return Err(failed(e.into())),
+    }
+    write_holder(&mut file).map_err(failed)?;
+    Ok(file)
+}
+
+fn write_holder(file: &mut File) -> io::Result<()> {
+    file.set_len(0)?;
+    file.rewind()?;
+    writeln!(file, "{}", std::process::id())
+}
+
+fn held_by_another(path: &Path, file: &mut File) -> DaemonError {
+    let mut holder = String::new();
+    let _ = file.take(20).read_to_string(&mut holder);
+    let holder = match holder.trim().parse::<u32>() {
+        Ok(pid) => format!(" (process {pid})"),
+        Err(_) => String::new(),
+    };
+    let dir = path.parent().unwrap_or(path).display();
+    DaemonError::new(
+        Kind::Locked,
+        format!(
+            "the state directory {dir} is in use by another blockd{holder}; stop that one, or choose another directory with --state-dir"
+        ),
+    )
+}
+
+/// Creates a directory for the owner alone, and its parents; one that exists is left as it is.
+fn create_dir(dir: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    // A record that is made durable is lost all the same if the directory's own entry is not.
+    dir.parent().filter(|p| !p.as_os_str().is_empty()).map_or(Ok(()), sync_dir)
+}
+
+/// Makes the entries of a directory durable.
+fn sync_dir(dir: &Path) -> io::Result<()> {
+    File::open(dir)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(id: &str) -> DiskSpec {
+        DiskSpec {
+            id: id.to_owned(),
+            image: "/images/a.vhdx".into(),
+            socket: "/run/a.sock".into(),
+            format: None,
+            queues: 2,
+            io_threads: 1,
+            read_only: false,
+        }
+    }
+
+    fn state() -> (tempfile::TempDir, StateDir) {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let state = StateDir::open(dir.path()).expect("it opens");
+        (dir, state)
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_put() {
+        let (dir, state) = state();
+        let mut record = DiskRecord::new(spec("a"));
+        state.put(&record).expect("put");
+        record.image = "/elsewhere/a.vhd".into();
+        record.format = Some(Format::Vhd);
+        record.generation = 3;
+        state.put(&record).expect("replaced");
+        drop(state);
+
+        let state = StateDir::open(dir.path()).expect("it opens again");
+        let disks = state.disks().expect("listed");
+        let back = disks["a"].as_ref().expect("sound");
+        assert_eq!(back.spec.image, PathBuf::from("/images/a.vhdx"));
+        assert_eq!(
+            (back.image.as_path(), back.format, back.generation),
+            (Path::new("/elsewhere/a.vhd"), Some(Format::Vhd), 3)
+        );
+        let serve = back.serve();
+        assert_eq!(
+            (serve.image.as_path(), serve.format, serve.queues),
+            (Path::new("/elsewhere/a.vhd"), Some(Format::Vhd), 2)
+        );
+        state.remove("a").expect("removed");
+        state.remove("a").expect("once more is no error");
+        assert!(state.disks().expect("listed").is_empty());
+    }
+
+    #[test]
+    fn a_second_opener_is_refused_with_the_holders_process() {
+        let (dir, _state) = state();
+        let e = StateDir::open(dir.path()).expect_err("it is held");
+        assert_eq!(e.kind, Kind::Locked);
+        assert!(e.message.contains(&std::process::id().to_string()), "{e}");
+        assert!(e.message.contains("--state-dir"), "{e}");
+    }
+
+    #[test]
+    fn a_crash_before_the_rename_leaves_the_old_record() {
+        let (dir, state) = state();
+        state.put(&DiskRecord::new(spec("a"))).expect("put");
+        let left = dir.path().join("disks/.a.json.new");
+        fs::write(&left, b"{\"version\":1,\"spe").expect("a torn temporary file");
+        drop(state);
+        let state = StateDir::open(dir.path()).expect("it opens");
+        assert!(!left.exists());
+        assert!(state.disks().expect("listed")["a"].is_ok());
+    }
+
+    #[test]
+    fn a_failed_replacement_leaves_the_old_record_and_no_temporary_file() {
+        let (dir, state) = state();
+        let record = DiskRecord::new(spec("a"));
+        // A directory in the way lets the rename fail, whoever runs the test.
+        fs::create_dir_all(dir.path().join("disks/a.json/x")).expect("made");
+        assert!(state.put(&record).is_err());
+        assert!(!dir.path().join("disks/.a.json.new").exists());
+    }
+
+    #[test]
+    fn damaged_records_are_named_and_leave_the_others_alone() {
+        let (dir, state) = state();
+        state.put(&DiskRecord::new(spec("sound"))).expect("put");
+        let whole = fs::read_to_string(state.record_path("sound")).expect("read");
+        let bad = |id: &str, text: &str| fs::write(state.record_path(id), text).expect("written");
+        bad("empty", "");
+        bad("torn", &whole[..whole.len() / 2]);
+        bad("zeroes", &"\0".repeat(300));
+        bad("other", &whole);
+        bad("later", &whole.replacen("\"version\": 1", "\"version\": 7", 1));
+        bad("field", &whole.replacen("\"version\": 1", "\"version\": 1, \"surprise\": true", 1));
+        bad("relative", &whole.replace("/images/a.vhdx", "a.vhdx").replace("\"sound\"", "\"relative\""));
+        bad("queues", &whole.replace("\"queues\": 2", "\"queues\": 0").replace("\"sound\"", "\"queues\""));
+        fs::write(dir.path().join("disks/README"), "not a record").expect("written");
+        let disks = state.disks().expect("listed");
+        assert_eq!(disks.len(), 9);
+        for (id, record) in &disks {
+            match record {
+                Ok(_) => assert_eq!(id, "sound"),
+                Err(e) => {
+                    assert_eq!(e.kind, Kind::Corrupt, "{id}");
+                    assert!(e.message.contains(&format!("{id}.json")), "{e}");
+                    assert!(e.message.contains("detach"), "{e}");
+                }
+            }
+        }
+        assert!(disks["later"].as_ref().expect_err("refused").message.contains("version 7"));
+    }
+
+    #[test]
+    fn every_cut_of_a_record_is_refused_rather_than_misread() {
+        let (_dir, state) = state();
+        state.put(&DiskRecord::new(spec("a"))).expect("put");
+        let whole = fs::read(state.record_path("a")).expect("read");
+        for len in 0..whole.len() - 2 {
+            fs::write(state.record_path("a"), &whole[..len]).expect("written");
+            assert!(state.disks().expect("listed")["a"].is_err(), "cut at {len} of {}", whole.len());
+        }
+    }
+}
