@@ -1,6 +1,12 @@
-//! What `check` reports, in the words that every format shares.
+//! Checking images by path, and what a check reports, in the words that every format shares.
+
+use std::path::Path;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+
+use crate::open::{at, choose_format, lock_for, open_file};
+use crate::{FileStorage, Format, OpenError, dispatch};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,4 +51,17 @@ impl CheckReport {
     pub fn is_sound(&self) -> bool {
         !self.findings.iter().any(|f| f.severity == Severity::Damage && !f.repaired)
     }
+}
+
+/// Checks the image at `path`, in the format said or that of its name (see [`crate::open()`]). With `repair`, what can be
+/// mended without guessing is; that takes the image's exclusive lock, checking alone a shared one.
+///
+/// # Errors
+/// When the file cannot be opened, locked, read or written. What is wrong with the image is in the report.
+pub fn check(path: impl AsRef<Path>, format: Option<Format>, repair: bool) -> Result<CheckReport, OpenError> {
+    let path = path.as_ref();
+    let file = open_file(path, !repair)?;
+    lock_for(path, &file, !repair)?;
+    let format = choose_format(path, &file, format)?;
+    dispatch::check(format, Arc::new(FileStorage::new(file)), repair).map_err(|e| at(path, e))
 }

@@ -14,17 +14,29 @@
 #![forbid(unsafe_code)]
 
 mod check;
+mod copy;
+mod create;
+mod dispatch;
 mod error;
 mod flat;
 mod image;
+mod info;
+mod lock;
+mod open;
 pub mod raw;
 mod storage;
 pub mod vhd;
 
-pub use check::{CheckReport, Finding, Severity};
+pub use check::{CheckReport, Finding, Severity, check};
+pub use copy::{
+    Comparison, CopyError, CopyOutcome, CopyProgress, compare, copy, read_payload, write_payload,
+};
+pub use create::{CreateOptions, create};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};
 pub use image::{
     AllocState, ByteSpan, Extent, FileIndex, Format, Geometry, Image, ImageType, Piece, Pieces, Place,
     SyncToken, ZeroMode,
 };
+pub use info::{ImageInfo, ImageState, info};
+pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use storage::{FileStorage, Storage};

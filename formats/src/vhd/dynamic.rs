@@ -7,7 +7,7 @@ use crate::flat::{check_span, check_writable, state_in_file};
 use crate::{AllocState, ByteSpan, ErrorKind, Extent, FileIndex, ImageError, Piece, Pieces, Place, Storage};
 
 use super::SECTOR;
-use super::grow::{Growth, PAGE, SlotGrid, Slots, sync};
+use super::grow::{Growth, SlotGrid, Slots, sync};
 use super::layout::{Body, Shape};
 use super::table::BlockTable;
 
@@ -64,16 +64,11 @@ impl Dynamic {
     pub(super) fn new(storage: Arc<dyn Storage>, body: &Body, growth: Option<(Growth, u64)>) -> Self {
         let shape = body.shape;
         let grid = SlotGrid::new(shape);
-        let paged = shape.block_size >= PAGE
-            && body
-                .table
-                .iter()
-                .all(|&e| e == super::layout::ABSENT || shape.data_at(e).is_multiple_of(PAGE));
         Self {
             files: [storage],
             shape,
             table: BlockTable::new(&body.table),
-            payload_align: if paged { PAGE as u32 } else { SECTOR as u32 },
+            payload_align: body.payload_align(),
             writer: growth.map(|(growth, used_end)| Writer {
                 grid,
                 growth: Mutex::new(growth),

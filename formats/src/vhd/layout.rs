@@ -4,6 +4,7 @@ use crate::{ErrorKind, ImageError, Storage};
 
 use super::corruption::Fault;
 use super::footer::{DiskType, FOOTER_LEN, Footer};
+use super::grow::PAGE;
 use super::header::{HEADER_LEN, Header, Locator, MAX_LOCATOR_LEN};
 use super::{Corruption, MAX_VIRTUAL_SIZE, SECTOR};
 
@@ -166,6 +167,16 @@ pub(super) struct Body {
     pub(super) surplus: u64,
     /// The parent's paths as text.
     pub(super) parent_paths: Vec<String>,
+}
+
+impl Body {
+    /// 4096 when the data of every block is made of whole pages of the file, else 512.
+    pub(super) fn payload_align(&self) -> u32 {
+        let mut placed = self.table.iter().filter(|&&e| e != ABSENT);
+        let paged =
+            self.shape.block_size >= PAGE && placed.all(|&e| self.shape.data_at(e).is_multiple_of(PAGE));
+        if paged { PAGE as u32 } else { SECTOR as u32 }
+    }
 }
 
 /// A range of the file that blocks must keep off.

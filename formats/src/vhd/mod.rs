@@ -85,6 +85,8 @@ pub struct VhdInfo {
     pub file_size: u64,
     /// Unit of allocation in bytes, 0 for a fixed disk.
     pub block_size: u32,
+    /// What the guest should align to, in bytes: 4096 where the layout of the file makes that worth it, else 512.
+    pub physical_sector_size: u32,
     /// Bytes of content that have a place in the file.
     pub allocated_bytes: u64,
     /// The disk's own id.
@@ -117,6 +119,7 @@ pub fn inspect(storage: &dyn Storage) -> Result<VhdInfo, ImageError> {
         original_size: found.footer.original_size(),
         file_size: found.file_len,
         block_size: 0,
+        physical_sector_size: fixed_payload_align(virtual_size),
         allocated_bytes: virtual_size,
         unique_id: found.footer.unique_id(),
         creator: found.footer.creator_text(),
@@ -128,6 +131,7 @@ pub fn inspect(storage: &dyn Storage) -> Result<VhdInfo, ImageError> {
     if let Some(body) = body {
         let present = body.table.iter().filter(|&&e| e != layout::ABSENT).count() as u64;
         info.block_size = body.header.block_size;
+        info.physical_sector_size = body.payload_align();
         info.allocated_bytes = present * body.shape.block_size;
         if found.disk_type == DiskType::Differencing {
             info.parent_id = Some(body.header.parent_id);
@@ -137,6 +141,11 @@ pub fn inspect(storage: &dyn Storage) -> Result<VhdInfo, ImageError> {
         }
     }
     Ok(info)
+}
+
+/// Of a fixed disk: the footer follows the content, and shares its last page where the size is not a multiple of one.
+fn fixed_payload_align(virtual_size: u64) -> u32 {
+    if virtual_size.is_multiple_of(grow::PAGE) { grow::PAGE as u32 } else { SECTOR as u32 }
 }
 
 fn state_of(found: &Found) -> VhdState {
@@ -266,11 +275,7 @@ impl Image for Vhd {
 
     fn geometry(&self) -> Geometry {
         let (virtual_size, block_size, payload_align) = match &self.kind {
-            // The footer follows the content: it shares the last page where the size is not a multiple of one.
-            Kind::Fixed(flat) if flat.virtual_size().is_multiple_of(grow::PAGE) => {
-                (flat.virtual_size(), 0, grow::PAGE as u32)
-            }
-            Kind::Fixed(flat) => (flat.virtual_size(), 0, SECTOR as u32),
+            Kind::Fixed(flat) => (flat.virtual_size(), 0, fixed_payload_align(flat.virtual_size())),
             Kind::Dynamic(d) => (d.shape().virtual_size, d.shape().block_size as u32, d.payload_align()),
         };
         Geometry {

@@ -1,0 +1,442 @@
+//! Copying and comparing whole images: synchronous, thin, for images that nothing else writes.
+//!
+//! ```text
+//!   reader thread:  next_extent ─► skip what is absent or zero ─► read 1 MiB ─► find zeroes ─┐
+//!   caller's thread:  progress ◄── write the rest through the target's map ◄── few buffers ◄─┘
+//! ```
+//!
+//! Nothing is written for what the source does not hold or holds as zeroes, so the target, which has to be fresh, gets
+//! no space for it, whatever the two formats.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place};
+
+/// What is read or compared at a time, in bytes.
+const CHUNK: u64 = 1 << 20;
+/// Chunks between the reader and the writer: what the copy holds in memory at most, times [`CHUNK`].
+const CHUNKS_AHEAD: usize = 8;
+/// The granule in which zeroes are found, in bytes: 16 KiB keeps more holes than the usual 64 KiB and still writes long
+/// runs.
+const ZERO_GRANULE: usize = 16 << 10;
+/// Threads that compare.
+const COMPARERS: usize = 2;
+
+/// How far a copy or a comparison is. All in bytes of the virtual disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CopyProgress {
+    /// Size of what is gone through.
+    pub bytes_total: u64,
+    /// What is dealt with, skipped ranges included.
+    pub bytes_done: u64,
+    /// What was written (when comparing: read on both sides).
+    pub bytes_copied: u64,
+    /// What was skipped because it is absent or zero.
+    pub bytes_zero: u64,
+}
+
+/// What a finished copy did, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyOutcome {
+    /// What was written to the target.
+    pub bytes_copied: u64,
+    /// What was skipped because it is absent or zero.
+    pub bytes_zero: u64,
+}
+
+/// Why a copy or comparison ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum CopyError {
+    /// The source (when comparing: the first image) failed.
+    #[error("source: {0}")]
+    Source(#[source] ImageError),
+    /// The target (when comparing: the second image) failed.
+    #[error("target: {0}")]
+    Target(#[source] ImageError),
+    /// The caller's progress function said so.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// The answer of a comparison.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Comparison {
+    /// Offset of the first byte that differs; what one disk lacks in size counts as zeroes.
+    pub first_difference: Option<u64>,
+    /// Sizes of the two disks in bytes.
+    pub sizes: (u64, u64),
+}
+
+impl Comparison {
+    /// Whether contents and sizes are the same.
+    pub fn is_same(&self) -> bool {
+        self.first_difference.is_none() && self.sizes.0 == self.sizes.1
+    }
+}
+
+/// Fills `buf` from `offset` of the virtual disk.
+///
+/// # Errors
+/// [`ErrorKind::OutOfRange`]; what the files say.
+pub fn read_payload(image: &dyn Image, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    let mut pieces = Pieces::new();
+    image.map_read(ByteSpan::new(offset, buf.len() as u64), &mut pieces)?;
+    let mut rest = buf;
+    for piece in pieces.iter() {
+        let (part, tail) = rest.split_at_mut(piece.len as usize);
+        match piece.place {
+            Place::Zero => part.fill(0),
+            Place::File { file, offset } => {
+                image.files()[usize::from(file.0)].read_at(part, offset).map_err(|e| {
+                    ImageError::io(format!("reading {} bytes at {offset} of the file", part.len()), e)
+                })?
+            }
+        }
+        rest = tail;
+    }
+    assert!(rest.is_empty(), "a map covers the whole span");
+    Ok(())
+}
+
+/// Writes `data` at `offset` of the virtual disk. Durable after [`Image::commit`].
+///
+/// # Errors
+/// What [`Image::map_write`] and the file say.
+pub fn write_payload(image: &dyn Image, offset: u64, data: &[u8]) -> Result<(), ImageError> {
+    let mut pieces = Pieces::new();
+    image.map_write(ByteSpan::new(offset, data.len() as u64), &mut pieces)?;
+    let mut rest = data;
+    for piece in pieces.iter() {
+        let (part, tail) = rest.split_at(piece.len as usize);
+        let Place::File { file, offset } = piece.place else {
+            panic!("a map for writing names places in files only");
+        };
+        image.files()[usize::from(file.0)].write_at(part, offset).map_err(|e| {
+            ImageError::io(format!("writing {} bytes at {offset} of the file", part.len()), e)
+        })?;
+        rest = tail;
+    }
+    assert!(rest.is_empty(), "a map covers the whole span");
+    Ok(())
+}
+
+/// What the reader hands over.
+enum Chunk {
+    /// Content at this offset.
+    Data(u64, Vec<u8>),
+    /// So many bytes that need nothing.
+    Nothing(u64),
+    /// The source failed.
+    Failed(ImageError),
+}
+
+/// Copies all of `source` to `target`, which has to read as zeroes and be no smaller, and makes the copy durable. The
+/// caller closes both. `progress` is called after every chunk of 1 MiB or run of nothing, in the caller's thread.
+///
+/// # Errors
+/// [`CopyError::Target`] with [`ErrorKind::InvalidParameter`] for a target that is too small; [`CopyError::Cancelled`]
+/// when `progress` says `Break`; what either image says.
+pub fn copy(
+    source: &dyn Image,
+    target: &dyn Image,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<CopyOutcome, CopyError> {
+    let size = source.geometry().virtual_size;
+    fits(size, target).map_err(CopyError::Target)?;
+    let mut now = CopyProgress { bytes_total: size, ..CopyProgress::default() };
+    thread::scope(|scope| {
+        let (full, chunks) = sync_channel(CHUNKS_AHEAD);
+        let (spent, buffers) = sync_channel(CHUNKS_AHEAD + 2);
+        let grid = common_grid(source, target);
+        scope.spawn(move || read_all(source, size, grid, &full, &buffers));
+        // Dropping the channel, on any way out of here, ends the reader.
+        let chunks = chunks;
+        for chunk in &chunks {
+            match chunk {
+                Chunk::Nothing(len) => {
+                    now.bytes_zero += len;
+                    now.bytes_done += len;
+                }
+                Chunk::Data(offset, data) => {
+                    let written = write_nonzero(target, offset, &data).map_err(CopyError::Target)?;
+                    now.bytes_copied += written;
+                    now.bytes_zero += data.len() as u64 - written;
+                    now.bytes_done += data.len() as u64;
+                    // The reader has ended when this fails, and needs no buffer.
+                    let _ = spent.try_send(data);
+                }
+                Chunk::Failed(e) => return Err(CopyError::Source(e)),
+            }
+            if progress(now).is_break() {
+                return Err(CopyError::Cancelled);
+            }
+        }
+        Ok(())
+    })?;
+    assert_eq!(now.bytes_done, size, "the reader goes through the whole disk");
+    target.commit().map_err(CopyError::Target)?;
+    Ok(CopyOutcome { bytes_copied: now.bytes_copied, bytes_zero: now.bytes_zero })
+}
+
+fn fits(size: u64, target: &dyn Image) -> Result<(), ImageError> {
+    let geometry = target.geometry();
+    let needed = size.next_multiple_of(u64::from(geometry.logical_sector_size));
+    if geometry.virtual_size >= needed {
+        return Ok(());
+    }
+    Err(ImageError::new(
+        ErrorKind::InvalidParameter,
+        format!("the disk has {} bytes, and {needed} are needed to hold the source", geometry.virtual_size),
+    ))
+}
+
+/// Reads all that may hold something, in order, until the end or until nobody listens any more.
+fn read_all(source: &dyn Image, size: u64, grid: u64, full: &SyncSender<Chunk>, buffers: &Receiver<Vec<u8>>) {
+    let mut offset = 0;
+    while offset < size {
+        let chunk = next_chunk(source, offset, size, grid, buffers).unwrap_or_else(Chunk::Failed);
+        offset += match &chunk {
+            Chunk::Data(_, data) => data.len() as u64,
+            Chunk::Nothing(len) => *len,
+            Chunk::Failed(_) => size,
+        };
+        if full.send(chunk).is_err() {
+            return;
+        }
+    }
+}
+
+fn next_chunk(
+    source: &dyn Image,
+    offset: u64,
+    size: u64,
+    grid: u64,
+    buffers: &Receiver<Vec<u8>>,
+) -> Result<Chunk, ImageError> {
+    let nothing = empty_run(source, offset, size, grid)?;
+    if nothing > 0 {
+        return Ok(Chunk::Nothing(nothing));
+    }
+    let len = data_run_at(source, offset, size, grid)?;
+    let mut data = buffers.try_recv().unwrap_or_default();
+    data.resize(len as usize, 0);
+    read_payload(source, offset, &mut data)?;
+    Ok(Chunk::Data(offset, data))
+}
+
+/// What both images can address: the larger of their sectors.
+fn common_grid(a: &dyn Image, b: &dyn Image) -> u64 {
+    u64::from(a.geometry().logical_sector_size.max(b.geometry().logical_sector_size))
+}
+
+/// Length of the run of nothing (absent or zero) at `offset`, up to `end` or a multiple of `grid`; 0 where there is data.
+/// What an image lacks in size is nothing.
+fn empty_run(image: &dyn Image, offset: u64, end: u64, grid: u64) -> Result<u64, ImageError> {
+    let mut to = offset;
+    while to < end {
+        match image.next_extent(to)? {
+            Some(extent) if extent.state == AllocState::Data => break,
+            Some(extent) => to += extent.span.len,
+            None => to = end,
+        }
+    }
+    Ok(if to >= end { end - offset } else { (to - offset) / grid * grid })
+}
+
+/// How much to read at `offset`, where there is data: up to its end, rounded up to `grid`, at most a chunk.
+fn data_run_at(image: &dyn Image, offset: u64, end: u64, grid: u64) -> Result<u64, ImageError> {
+    let run = match image.next_extent(offset)? {
+        Some(extent) if extent.state == AllocState::Data => extent.span.len,
+        _ => grid,
+    };
+    Ok(run.min(CHUNK).next_multiple_of(grid).min(end - offset))
+}
+
+/// Writes the runs of `data` that are not zero, in granules. Returns how many bytes were written.
+fn write_nonzero(target: &dyn Image, offset: u64, data: &[u8]) -> Result<u64, ImageError> {
+    let sector = target.geometry().logical_sector_size as usize;
+    let mut written = 0;
+    let mut at = 0;
+    while at < data.len() {
+        let zero = zero_run(&data[at..]);
+        at += zero;
+        let run = data_run(&data[at..]);
+        if run == 0 {
+            continue;
+        }
+        let part = &data[at..at + run];
+        if run.is_multiple_of(sector) {
+            write_payload(target, offset + at as u64, part)?;
+        } else {
+            // The source ends inside a sector of the target.
+            let mut padded = part.to_vec();
+            padded.resize(run.next_multiple_of(sector), 0);
+            write_payload(target, offset + at as u64, &padded)?;
+        }
+        if target.wants_maintenance() {
+            // No other I/O on the target is in flight.
+            target.maintain(&|| ())?;
+        }
+        written += run as u64;
+        at += run;
+    }
+    Ok(written)
+}
+
+/// Length of the granules of zeroes that `data` begins with.
+fn zero_run(data: &[u8]) -> usize {
+    data.chunks(ZERO_GRANULE).take_while(|g| is_zero(g)).map(<[u8]>::len).sum()
+}
+
+/// Length of the granules with content that `data` begins with.
+fn data_run(data: &[u8]) -> usize {
+    data.chunks(ZERO_GRANULE).take_while(|g| !is_zero(g)).map(<[u8]>::len).sum()
+}
+
+fn is_zero(data: &[u8]) -> bool {
+    static ZEROES: [u8; ZERO_GRANULE] = [0; ZERO_GRANULE];
+    data == &ZEROES[..data.len()]
+}
+
+/// Compares two images byte by byte, skipping what neither holds. Where the sizes differ, the rest of the larger one is
+/// compared with zeroes.
+///
+/// # Errors
+/// [`CopyError::Source`] and [`CopyError::Target`] when the first or second image cannot be read,
+/// [`CopyError::Cancelled`] when `progress` says `Break`.
+pub fn compare(
+    first: &dyn Image,
+    second: &dyn Image,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<Comparison, CopyError> {
+    let sizes = (first.geometry().virtual_size, second.geometry().virtual_size);
+    let work = Comparing {
+        first,
+        second,
+        total: sizes.0.max(sizes.1),
+        grid: common_grid(first, second),
+        next: AtomicU64::new(0),
+        difference: AtomicU64::new(u64::MAX),
+        stop: AtomicBool::new(false),
+    };
+    let mut now = CopyProgress { bytes_total: work.total, ..CopyProgress::default() };
+    let mut failed = None;
+    thread::scope(|scope| {
+        let (steps, done) = sync_channel(COMPARERS * 2);
+        for _ in 0..COMPARERS {
+            let steps = steps.clone();
+            scope.spawn(|| work.run(steps));
+        }
+        drop(steps);
+        for step in done {
+            match step {
+                Ok(step) => {
+                    now.bytes_copied += step.read;
+                    now.bytes_zero += step.skipped;
+                    now.bytes_done += step.read + step.skipped;
+                    if progress(now).is_break() {
+                        failed.get_or_insert(CopyError::Cancelled);
+                    }
+                }
+                Err(e) => drop(failed.get_or_insert(e)),
+            }
+            if failed.is_some() {
+                work.stop.store(true, Ordering::Relaxed);
+            }
+        }
+    });
+    match failed {
+        Some(e) => Err(e),
+        None => {
+            let at = work.difference.into_inner();
+            Ok(Comparison { first_difference: (at != u64::MAX).then_some(at), sizes })
+        }
+    }
+}
+
+/// The part of a comparison that its threads share.
+struct Comparing<'a> {
+    first: &'a dyn Image,
+    second: &'a dyn Image,
+    total: u64,
+    /// What both can address.
+    grid: u64,
+    /// Where the next stripe begins.
+    next: AtomicU64,
+    /// The lowest offset found to differ.
+    difference: AtomicU64,
+    stop: AtomicBool,
+}
+
+/// What one step of a comparison went through, in bytes.
+struct Step {
+    read: u64,
+    skipped: u64,
+}
+
+impl Comparing<'_> {
+    /// What a thread takes at a time: enough that holes are skipped in large steps.
+    const STRIPE: u64 = 16 * CHUNK;
+
+    fn run(&self, steps: SyncSender<Result<Step, CopyError>>) {
+        let mut buffers = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
+        while !self.stop.load(Ordering::Relaxed) {
+            let from = self.next.fetch_add(Self::STRIPE, Ordering::Relaxed);
+            // Stripes are taken in order, so nothing behind a difference can come before it.
+            if from >= self.total.min(self.difference.load(Ordering::Relaxed)) {
+                return;
+            }
+            let to = (from + Self::STRIPE).min(self.total);
+            let step = self.stripe(from, to, &mut buffers);
+            let failed = step.is_err();
+            if steps.send(step).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    fn stripe(&self, from: u64, to: u64, buffers: &mut (Vec<u8>, Vec<u8>)) -> Result<Step, CopyError> {
+        let mut step = Step { read: 0, skipped: 0 };
+        let mut at = from;
+        while at < to {
+            let a = empty_run(self.first, at, to, self.grid).map_err(CopyError::Source)?;
+            let b = empty_run(self.second, at, to, self.grid).map_err(CopyError::Target)?;
+            let both = a.min(b);
+            if both > 0 {
+                step.skipped += both;
+                at += both;
+                continue;
+            }
+            // One of them has data here; the other may be known to have none, and is not read then.
+            let run = match a {
+                0 => data_run_at(self.first, at, to, self.grid).map_err(CopyError::Source)?,
+                _ => data_run_at(self.second, at, to, self.grid).map_err(CopyError::Target)?,
+            };
+            let len = if a.max(b) > 0 { run.min(a.max(b)) } else { run };
+            let (left, right) = (&mut buffers.0[..len as usize], &mut buffers.1[..len as usize]);
+            read_or_zero(self.first, a, at, left).map_err(CopyError::Source)?;
+            read_or_zero(self.second, b, at, right).map_err(CopyError::Target)?;
+            step.read += len;
+            if left != right {
+                let within = left.iter().zip(right.iter()).take_while(|(l, r)| l == r).count() as u64;
+                self.difference.fetch_min(at + within, Ordering::Relaxed);
+                return Ok(step);
+            }
+            at += len;
+        }
+        Ok(step)
+    }
+}
+
+/// Reads, unless the first `empty` bytes, which are not fewer than asked for, are known to be zeroes. What the image
+/// lacks in size is zeroes too.
+fn read_or_zero(image: &dyn Image, empty: u64, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    let held = image.geometry().virtual_size.saturating_sub(offset).min(buf.len() as u64);
+    let held = if empty > 0 { 0 } else { held };
+    let (data, lacking) = buf.split_at_mut(held as usize);
+    lacking.fill(0);
+    if data.is_empty() { Ok(()) } else { read_payload(image, offset, data) }
+}

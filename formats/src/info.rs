@@ -1,0 +1,151 @@
+//! What an image says of itself.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::lock::is_held_exclusively;
+use crate::open::{at, choose_format, incomplete_move, open_file};
+use crate::raw::Raw;
+use crate::vhd::{self, VhdInfo, VhdState};
+use crate::{FileStorage, Format, Image, ImageError, ImageType, OpenError, Storage};
+
+/// Whether an image was closed in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageState {
+    /// In order.
+    Clean,
+    /// It is in use, or its last user did not close it: the log holds changes, which opening it for writing applies.
+    DirtyLog,
+    /// A spare structure is damaged or lost; it can be read, and a check with repair mends it.
+    NeedsRepair,
+}
+
+/// What `info` tells of an image. Sizes are in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageInfo {
+    /// The format.
+    pub format: Format,
+    /// Fixed, dynamic or differencing.
+    #[serde(rename = "type")]
+    pub image_type: ImageType,
+    /// Size of the virtual disk.
+    pub virtual_size: u64,
+    /// Content that has a place in the file.
+    pub allocated_bytes: u64,
+    /// Length of the file.
+    pub file_size: u64,
+    /// What the file takes up on its file system: holes do not count.
+    pub disk_usage: u64,
+    /// Unit of allocation, 0 where there is none.
+    pub block_size: u32,
+    /// The guest's sectors.
+    pub logical_sector_size: u32,
+    /// What the guest should align to.
+    pub physical_sector_size: u32,
+    /// Ids as text, by name.
+    pub ids: BTreeMap<String, String>,
+    /// The software that made it, where the format says.
+    pub creator: Option<String>,
+    /// Whether it was closed in order.
+    pub state: ImageState,
+    /// Name and paths of a differencing image's parent, as the image has them. Never opened.
+    pub parent_paths: Vec<String>,
+    /// Whether somebody has it open for writing right now, so that the rest may be out of date.
+    pub in_use: bool,
+    /// The job whose unfinished target it is.
+    pub incomplete_move: Option<String>,
+}
+
+/// Looks at the image at `path`, in the format said or that of its name (see [`crate::open()`]). Takes no lock,
+/// and looks at images that are in use too.
+///
+/// # Errors
+/// When the file cannot be opened or read, or is no sound image: a check then says more.
+pub fn info(path: impl AsRef<Path>, format: Option<Format>) -> Result<ImageInfo, OpenError> {
+    let path = path.as_ref();
+    let file = open_file(path, true)?;
+    let format = choose_format(path, &file, format)?;
+    let in_use = is_held_exclusively(&file);
+    let facts = FileFacts::of(&file).map_err(|e| at(path, e))?;
+    let storage: Arc<dyn Storage> = Arc::new(FileStorage::new(file));
+    let mut info = match format {
+        Format::Raw => of_raw(storage, facts),
+        Format::Vhd => vhd::inspect(&*storage).map(|vhd| of_vhd(vhd, facts)),
+        Format::Vhdx => of_vhdx(storage, facts),
+    }
+    .map_err(|e| at(path, e))?;
+    info.in_use = in_use;
+    info.incomplete_move = incomplete_move(path);
+    Ok(info)
+}
+
+#[derive(Debug, Clone, Copy)]
+struct FileFacts {
+    len: u64,
+    usage: u64,
+}
+
+impl FileFacts {
+    fn of(file: &File) -> Result<Self, ImageError> {
+        let meta = file.metadata().map_err(|e| ImageError::io("cannot find out the size of the file", e))?;
+        Ok(Self { len: meta.len(), usage: meta.blocks().saturating_mul(512) })
+    }
+}
+
+fn of_raw(storage: Arc<dyn Storage>, file: FileFacts) -> Result<ImageInfo, ImageError> {
+    let geometry = Raw::open(storage, true)?.geometry();
+    Ok(ImageInfo {
+        format: Format::Raw,
+        image_type: ImageType::Fixed,
+        virtual_size: geometry.virtual_size,
+        allocated_bytes: file.usage.min(geometry.virtual_size),
+        file_size: file.len,
+        disk_usage: file.usage,
+        block_size: 0,
+        logical_sector_size: geometry.logical_sector_size,
+        physical_sector_size: geometry.physical_sector_size,
+        ids: BTreeMap::new(),
+        creator: None,
+        state: ImageState::Clean,
+        parent_paths: Vec::new(),
+        in_use: false,
+        incomplete_move: None,
+    })
+}
+
+fn of_vhd(vhd: VhdInfo, file: FileFacts) -> ImageInfo {
+    let mut ids = BTreeMap::from([("unique_id".to_owned(), vhd.unique_id.to_string())]);
+    if let Some(parent) = vhd.parent_id {
+        ids.insert("parent_id".into(), parent.to_string());
+    }
+    ImageInfo {
+        format: Format::Vhd,
+        image_type: vhd.image_type,
+        virtual_size: vhd.virtual_size,
+        allocated_bytes: vhd.allocated_bytes,
+        file_size: file.len,
+        disk_usage: file.usage,
+        block_size: vhd.block_size,
+        logical_sector_size: 512,
+        physical_sector_size: vhd.physical_sector_size,
+        ids,
+        creator: Some(vhd.creator),
+        state: match vhd.state {
+            VhdState::Clean => ImageState::Clean,
+            VhdState::CopyDiffers | VhdState::FooterMissing => ImageState::NeedsRepair,
+        },
+        parent_paths: vhd.parent_paths,
+        in_use: false,
+        incomplete_move: None,
+    }
+}
+
+fn of_vhdx(_storage: Arc<dyn Storage>, _file: FileFacts) -> Result<ImageInfo, ImageError> {
+    Err(crate::dispatch::not_yet())
+}

@@ -1,0 +1,59 @@
+//! Locks that keep a second opener off an image.
+//!
+//! Open-file-description locks on the whole file: they end with the last descriptor of the opening, whatever else the
+//! process opens or closes, and QEMU's tools, which lock bytes of their own in the same way, respect them. They are
+//! advisory, and reach across hosts only as far as the file system takes them there.
+
+use std::fs::File;
+use std::io;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+/// What else may be done with the file while it is locked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// Others may read.
+    Shared,
+    /// Nobody else may open it with a lock.
+    Exclusive,
+}
+
+/// Why a file could not be locked.
+#[derive(Debug)]
+pub(crate) enum LockError {
+    /// Somebody else holds a lock that does not go with this one.
+    Held,
+    /// The system refused.
+    Io(io::Error),
+}
+
+/// Locks the whole file, without waiting.
+pub(crate) fn lock(file: &File, kind: Lock) -> Result<(), LockError> {
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(kind))) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(LockError::Held),
+        Err(e) => Err(LockError::Io(e.into())),
+    }
+}
+
+/// Whether somebody else holds an exclusive lock. Takes none, so nobody is kept off by the question.
+pub(crate) fn is_held_exclusively(file: &File) -> bool {
+    let mut answer = whole_file(Lock::Shared);
+    let asked = fcntl(file, FcntlArg::F_OFD_GETLK(&mut answer));
+    asked.is_ok() && answer.l_type != libc::F_UNLCK as libc::c_short
+}
+
+fn whole_file(kind: Lock) -> libc::flock {
+    libc::flock {
+        l_type: match kind {
+            Lock::Shared => libc::F_RDLCK as libc::c_short,
+            Lock::Exclusive => libc::F_WRLCK as libc::c_short,
+        },
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    }
+}

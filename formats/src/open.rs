@@ -1,0 +1,210 @@
+//! Opening images by path: which file, which format, whose it is.
+
+use std::fs::{File, OpenOptions as FileOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
+
+use crate::dispatch;
+use crate::lock::{Lock, LockError, lock};
+use crate::{ErrorKind, FileStorage, Format, Image, ImageError, OpenError};
+
+/// How to open an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// The format; without it, the name's extension decides (see [`open`]).
+    pub format: Option<Format>,
+    /// Refuse writes, and never write to the file.
+    pub read_only: bool,
+    /// Mend what a power cut may have done to a VHD's footer, instead of refusing to write to it. An explicit word of the
+    /// operator, or of software that knows the image to be its own dynamic disk.
+    pub recover: bool,
+    /// Lock the file against other openers: exclusively for writing, shared for reading.
+    pub lock: bool,
+}
+
+impl Default for OpenOptions {
+    /// For writing, with a lock, format by name, no recovery.
+    fn default() -> Self {
+        Self { format: None, read_only: false, recover: false, lock: true }
+    }
+}
+
+impl OpenOptions {
+    /// For reading, with a lock, format by name.
+    pub fn read_only() -> Self {
+        Self { read_only: true, ..Self::default() }
+    }
+}
+
+/// Opens the image at `path`, and holds its lock for as long as the image lives.
+///
+/// The format is that of the options, else the one of the name's extension: `.vhdx`, `.avhdx`, `.vhd`, `.avhd`, `.raw`,
+/// `.img` (an unfinished move's `.incomplete-JOB` is left aside). A file of another name is raw if it bears no signature
+/// of another format; with one, the caller has to say, because a guest can write any signature to a raw disk.
+///
+/// # Errors
+/// [`ErrorKind::Locked`] when somebody else holds it open, [`ErrorKind::WrongFormat`] when the format is to be said,
+/// [`ErrorKind::Unsupported`] for what is not a regular file, [`ErrorKind::Io`] when the system refuses, and whatever
+/// the format's own opening says.
+pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Image>, OpenError> {
+    let path = path.as_ref();
+    let file = open_file(path, options.read_only)?;
+    if options.lock {
+        lock_for(path, &file, options.read_only)?;
+    }
+    let format = choose_format(path, &file, options.format)?;
+    let storage = Arc::new(FileStorage::new(file));
+    dispatch::open(format, storage, options.read_only, options.recover).map_err(|e| at(path, e))
+}
+
+/// The format that a file's name stands for, if any.
+pub fn format_by_name(path: impl AsRef<Path>) -> Option<Format> {
+    let path = path.as_ref();
+    let name = path.file_name()?.to_str()?;
+    let (base, _) = split_incomplete(name);
+    match Path::new(base).extension()?.to_str()?.to_ascii_lowercase().as_str() {
+        "vhdx" | "avhdx" => Some(Format::Vhdx),
+        "vhd" | "avhd" => Some(Format::Vhd),
+        "raw" | "img" => Some(Format::Raw),
+        _ => None,
+    }
+}
+
+/// The job whose unfinished target this name is, by `NAME.incomplete-JOB`.
+pub fn incomplete_move(path: impl AsRef<Path>) -> Option<String> {
+    let name = path.as_ref().file_name()?.to_str()?;
+    split_incomplete(name).1.map(str::to_owned)
+}
+
+fn split_incomplete(name: &str) -> (&str, Option<&str>) {
+    match name.rsplit_once(".incomplete-") {
+        Some((base, job)) if !base.is_empty() && !job.is_empty() => (base, Some(job)),
+        _ => (name, None),
+    }
+}
+
+/// Opens a regular file, without waiting for anything that is none.
+pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<File, OpenError> {
+    let file = FileOptions::new()
+        .read(true)
+        .write(!read_only)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| refused(path, read_only, e))?;
+    let kind = file.metadata().map_err(|e| refused(path, read_only, e))?.file_type();
+    if !kind.is_file() {
+        let what = if kind.is_dir() {
+            "a directory"
+        } else if kind.is_block_device() {
+            "a block device"
+        } else {
+            "no regular file"
+        };
+        let message = format!("this is {what}, and images are served from regular files only");
+        return Err(OpenError { path: path.to_owned(), kind: ErrorKind::Unsupported, message, source: None });
+    }
+    // It was only to keep the opening of a FIFO from waiting; on the payload's ring it would mean something else.
+    let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(|e| refused(path, read_only, e.into()))?;
+    let flags = OFlag::from_bits_retain(flags) & !OFlag::O_NONBLOCK;
+    fcntl(&file, FcntlArg::F_SETFL(flags)).map_err(|e| refused(path, read_only, e.into()))?;
+    Ok(file)
+}
+
+fn refused(path: &Path, read_only: bool, e: io::Error) -> OpenError {
+    let how = if read_only { "reading" } else { "writing" };
+    let hint = match e.kind() {
+        io::ErrorKind::NotFound => "; check the path",
+        io::ErrorKind::PermissionDenied => "; check who may read and write it",
+        io::ErrorKind::ReadOnlyFilesystem => "; open it for reading",
+        _ => "",
+    };
+    let message = format!("cannot be opened for {how}: {e}{hint}");
+    OpenError { path: path.to_owned(), kind: ErrorKind::Io, message, source: Some(e) }
+}
+
+/// Locks `file` for reading or for writing.
+pub(crate) fn lock_for(path: &Path, file: &File, read_only: bool) -> Result<(), OpenError> {
+    let (kind, how) =
+        if read_only { (Lock::Shared, "for writing") } else { (Lock::Exclusive, "for reading or writing") };
+    let (kind, message, source) = match lock(file, kind) {
+        Ok(()) => return Ok(()),
+        Err(LockError::Held) => (
+            ErrorKind::Locked,
+            format!(
+                "somebody has the image open {how} (a daemon that serves it, or another tool; `fuser -v` names the \
+                 process): detach it there first"
+            ),
+            None,
+        ),
+        Err(LockError::Io(e)) => {
+            (ErrorKind::Io, format!("the file system refuses to lock the image: {e}"), Some(e))
+        }
+    };
+    Err(OpenError { path: path.to_owned(), kind, message, source })
+}
+
+/// Which format a file is to be taken for.
+pub(crate) fn choose_format(path: &Path, file: &File, said: Option<Format>) -> Result<Format, OpenError> {
+    if let Some(format) = said.or_else(|| format_by_name(path)) {
+        return Ok(format);
+    }
+    match signature(file).map_err(|e| refused(path, true, e))? {
+        None => Ok(Format::Raw),
+        Some(seems) => Err(OpenError {
+            path: path.to_owned(),
+            kind: ErrorKind::WrongFormat,
+            message: format!(
+                "the name does not say the format, and the content bears a signature of {seems}, which a guest could \
+                 have written to a raw disk too: say which it is with --format raw or --format {seems}"
+            ),
+            source: None,
+        }),
+    }
+}
+
+/// Whether the file bears the signature of a format that is not raw, wherever formats have them.
+fn signature(file: &File) -> io::Result<Option<Format>> {
+    let len = file.metadata()?.len();
+    let mut places = vec![0];
+    places.extend([512, 511].iter().filter_map(|n| len.checked_sub(*n)));
+    for at in places {
+        let mut found = [0; 8];
+        if at + 8 > len {
+            continue;
+        }
+        file.read_exact_at(&mut found, at)?;
+        match &found {
+            b"vhdxfile" if at == 0 => return Ok(Some(Format::Vhdx)),
+            b"conectix" => return Ok(Some(Format::Vhd)),
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
+/// An error of a codec with the path that it is about.
+pub(crate) fn at(path: &Path, e: ImageError) -> OpenError {
+    OpenError { path: path.to_owned(), kind: e.kind, message: e.message, source: e.source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_the_format_and_the_unfinished_move() {
+        assert_eq!(format_by_name("/a/disk.VHDX"), Some(Format::Vhdx));
+        assert_eq!(format_by_name("disk.avhd"), Some(Format::Vhd));
+        assert_eq!(format_by_name("disk.img"), Some(Format::Raw));
+        assert_eq!(format_by_name("disk"), None);
+        assert_eq!(format_by_name("disk.vhdx.incomplete-7f3a"), Some(Format::Vhdx));
+        assert_eq!(incomplete_move("/x/disk.vhdx.incomplete-7f3a").as_deref(), Some("7f3a"));
+        assert_eq!(incomplete_move("/x/disk.vhdx"), None);
+        assert_eq!(incomplete_move("/x/disk.incomplete-"), None);
+    }
+}
