@@ -1,0 +1,176 @@
+//! `disk`: what a daemon serves.
+
+use std::path::PathBuf;
+
+use blockd_api::{AttachRequest, DiskInfo, Percentiles};
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Args, Subcommand};
+use serde_json::json;
+
+use crate::client::Client;
+use crate::failure::{Exit, Failure};
+use crate::paths;
+use crate::render::{self, Facts, Screen, Table, yes};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Attach(AttachArgs),
+    /// List the disks
+    #[command(after_help = "Example:\n  blockctl disk list")]
+    List,
+    /// Show one disk with its counters
+    #[command(after_help = "Example:\n  blockctl disk show vm1 --json")]
+    Show(Id),
+    /// Stop serving a disk; its image stays
+    #[command(after_help = "Examples:\n  blockctl disk detach vm1\n  blockctl disk detach vm1 --force")]
+    Detach {
+        #[command(flatten)]
+        id: Id,
+        /// Even while a guest uses it or a move is under way (the move is cancelled)
+        #[arg(long)]
+        force: bool,
+    },
+    /// Make everything written to a disk so far durable
+    #[command(after_help = "Example:\n  blockctl disk flush vm1")]
+    Flush(Id),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Id {
+    /// The disk's name
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
+    id: String,
+}
+
+/// Serve an image as a disk
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  blockctl disk attach vm1 /images/vm1.vhdx --socket /run/vm1.sock
+  blockctl disk attach iso /images/install.img --socket /run/iso.sock --read-only")]
+pub(crate) struct AttachArgs {
+    #[command(flatten)]
+    id: Id,
+    /// The image
+    image: PathBuf,
+    /// The vhost-user socket to listen on
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+    /// The image's format [default: from its name]
+    #[arg(long, value_parser = ["raw", "vhd", "vhdx"])]
+    format: Option<String>,
+    /// Most queues that the guest may use
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+    /// Threads that serve the queues, at most as many as queues
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    io_threads: u16,
+    /// Refuse writes
+    #[arg(long)]
+    read_only: bool,
+    /// A folder in which parents of the image may be opened; repeatable
+    #[arg(long, value_name = "DIR")]
+    parents: Vec<PathBuf>,
+}
+
+/// `blockctl disk ...`
+pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Result<Exit, Failure> {
+    match command {
+        Command::Attach(args) => {
+            let disk = client.attach(&request(args)?).await?;
+            screen.show(&disk, |disk| {
+                let size = render::size(disk.size_bytes);
+                format!("{} serves {} ({} {size}) at {}", disk.id, disk.image, disk.format, disk.socket)
+            })?;
+        }
+        Command::List => {
+            let disks = client.disks().await?;
+            screen.show(&json!({ "disks": disks }), |_| table(&disks))?;
+        }
+        Command::Show(id) => screen.show(&client.disk(&id.id).await?, details)?,
+        Command::Detach { id, force } => {
+            client.detach(&id.id, force).await?;
+            screen.show(&json!({ "id": id.id, "detached": true }), |_| format!("{} is detached", id.id))?;
+        }
+        Command::Flush(id) => {
+            client.flush(&id.id).await?;
+            screen.show(&json!({ "id": id.id, "flushed": true }), |_| format!("{} is flushed", id.id))?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn request(args: AttachArgs) -> Result<AttachRequest, Failure> {
+    if args.io_threads > args.queues {
+        return Err(Failure::usage(format!(
+            "--io-threads {} is more than --queues {}; a queue is served by one thread",
+            args.io_threads, args.queues
+        )));
+    }
+    Ok(AttachRequest {
+        id: args.id.id,
+        image: paths::for_daemon(&args.image)?,
+        socket: paths::for_daemon(&args.socket)?,
+        format: args.format,
+        queues: args.queues,
+        io_threads: args.io_threads,
+        read_only: args.read_only,
+        parents: args.parents.iter().map(|dir| paths::for_daemon(dir)).collect::<Result<_, _>>()?,
+    })
+}
+
+fn state(disk: &DiskInfo) -> &'static str {
+    match (&disk.failed, disk.connected) {
+        (Some(_), _) => "failed",
+        (None, true) => "in use",
+        (None, false) => "waiting",
+    }
+}
+
+fn table(disks: &[DiskInfo]) -> String {
+    if disks.is_empty() {
+        return "no disks; attach one with `blockctl disk attach`".into();
+    }
+    let mut table = Table::new(&["ID", "STATE", ">SIZE", "FORMAT", "JOB", "IMAGE"]);
+    for disk in disks {
+        table.row([
+            disk.id.clone(),
+            state(disk).into(),
+            render::size(disk.size_bytes),
+            disk.format.clone(),
+            disk.job.clone().unwrap_or_else(|| "-".into()),
+            disk.image.clone(),
+        ]);
+    }
+    table.render()
+}
+
+fn details(disk: &DiskInfo) -> String {
+    let mut facts = Facts::new();
+    facts
+        .add("id", &disk.id)
+        .add("image", &disk.image)
+        .add("parents", disk.chain.iter().skip(1).cloned().collect::<Vec<_>>().join(", "))
+        .add("format", format!("{} {}", disk.image_type, disk.format))
+        .add("size", render::size_exact(disk.size_bytes))
+        .add("sector size", disk.sector_size.to_string())
+        .add("socket", &disk.socket)
+        .add("queues", disk.queues.to_string())
+        .add("read-only", yes(disk.read_only))
+        .add("connected", yes(disk.connected))
+        .add("generation", disk.generation.to_string())
+        .add("job", disk.job.clone().unwrap_or_default())
+        .add("failed", disk.failed.clone().unwrap_or_default())
+        .add("reads", format!("{} ({})", disk.reads, render::size(disk.read_bytes)))
+        .add("writes", format!("{} ({})", disk.writes, render::size(disk.written_bytes)))
+        .add("flushes", disk.flushes.to_string())
+        .add("discards", disk.discards.to_string())
+        .add("errors", disk.errors.to_string())
+        .add("read latency", latency(&disk.latency_us.read))
+        .add("write latency", latency(&disk.latency_us.write));
+    facts.render()
+}
+
+fn latency(p: &Percentiles) -> String {
+    let [p50, p99, p999, max] = [p.p50, p.p99, p.p999, p.max].map(render::micros);
+    format!("p50 {p50}, p99 {p99}, p99.9 {p999}, longest {max}")
+}

@@ -1,0 +1,128 @@
+//! `image`: work on images that no daemon serves.
+
+mod compare;
+mod convert;
+mod create;
+mod inspect;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use clap::{Args, Subcommand, ValueEnum};
+use formats::{Format, Image, ImageType, OpenOptions};
+
+use crate::failure::{Exit, Failure};
+use crate::render::Screen;
+use crate::units::parse_block_size;
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Create(create::CreateArgs),
+    Info(inspect::InfoArgs),
+    Check(inspect::CheckArgs),
+    Map(inspect::MapArgs),
+    Compare(compare::CompareArgs),
+    Convert(convert::ConvertArgs),
+}
+
+/// `blockctl image ...`
+pub(crate) async fn run(command: Command, screen: Screen) -> Result<Exit, Failure> {
+    match command {
+        Command::Create(args) => create::run(&args, screen),
+        Command::Info(args) => inspect::info(&args, screen),
+        Command::Check(args) => inspect::check(&args, screen),
+        Command::Map(args) => inspect::map(&args, screen),
+        Command::Compare(args) => compare::run(args, screen).await,
+        Command::Convert(args) => convert::run(args, screen).await,
+    }
+}
+
+/// The formats as people type them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatName {
+    /// Version 2 of the Virtual Hard Disk: up to 64 TiB, safe against power cuts
+    Vhdx,
+    /// Virtual Hard Disk, up to 2040 GiB
+    Vhd,
+    /// Nothing but the content
+    Raw,
+}
+
+impl From<FormatName> for Format {
+    fn from(name: FormatName) -> Self {
+        match name {
+            FormatName::Vhdx => Self::Vhdx,
+            FormatName::Vhd => Self::Vhd,
+            FormatName::Raw => Self::Raw,
+        }
+    }
+}
+
+/// The types as people type them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum TypeName {
+    /// Grows as it is written
+    Dynamic,
+    /// Has a place for everything from the start
+    Fixed,
+}
+
+impl From<TypeName> for ImageType {
+    fn from(name: TypeName) -> Self {
+        match name {
+            TypeName::Dynamic => Self::Dynamic,
+            TypeName::Fixed => Self::Fixed,
+        }
+    }
+}
+
+/// How a new image is laid out.
+#[derive(Debug, Args)]
+pub(crate) struct Layout {
+    /// Format [default: from the name, else vhdx]
+    #[arg(long)]
+    pub(crate) format: Option<FormatName>,
+    /// Type [default: dynamic; raw is always fixed]
+    #[arg(long = "type", value_name = "TYPE")]
+    pub(crate) image_type: Option<TypeName>,
+    /// Block size, a power of two; VHDX allows 1M to 256M [default: the format's]
+    #[arg(long, value_name = "SIZE", value_parser = parse_block_size)]
+    pub(crate) block_size: Option<u32>,
+    /// The guest's sector size
+    #[arg(long, value_name = "BYTES", value_parser = ["512", "4096"])]
+    pub(crate) sector_size: Option<String>,
+}
+
+impl Layout {
+    /// The sector size, where one was asked for; the parser lets nothing but numbers through.
+    pub(crate) fn sector_bytes(&self) -> Option<u32> {
+        self.sector_size.as_ref().and_then(|text| text.parse().ok())
+    }
+}
+
+/// The type that an image gets: raw images have but one.
+pub(crate) fn type_for(format: Format, asked: Option<ImageType>) -> Result<ImageType, Failure> {
+    match (format, asked) {
+        (Format::Raw, Some(ImageType::Dynamic)) => {
+            Err(Failure::usage("a raw image can't be dynamic (its file is sparse anyway); leave --type away"))
+        }
+        (Format::Raw, _) => Ok(ImageType::Fixed),
+        (_, asked) => Ok(asked.unwrap_or(ImageType::Dynamic)),
+    }
+}
+
+/// Opens an image for reading.
+pub(crate) fn open(path: &Path, format: Option<FormatName>) -> Result<Arc<dyn Image>, Failure> {
+    let options = OpenOptions { format: format.map(Format::from), read_only: true, ..OpenOptions::default() };
+    Ok(formats::open(path, &options)?)
+}
+
+/// One image that exists.
+#[derive(Debug, Args)]
+pub(crate) struct Existing {
+    /// The image
+    pub(crate) path: PathBuf,
+    /// Its format [default: from its name]
+    #[arg(long)]
+    pub(crate) format: Option<FormatName>,
+}

@@ -1,0 +1,242 @@
+//! Copying a disk from one image file to another, offline: under a name that can't be mistaken until all is there.
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use formats::{Comparison, CopyError, CopyOutcome, CopyProgress, CreateOptions, Format, Image, OpenOptions};
+use indicatif::ProgressBar;
+use nix::errno::Errno;
+use nix::fcntl::{AT_FDCWD, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
+
+use crate::failure::Failure;
+use crate::interrupt::Cancel;
+use crate::paths::folder_of;
+use crate::render;
+
+/// A name for a piece of work, as the daemon gives them.
+pub(crate) fn new_job() -> String {
+    let id = uuid::Uuid::new_v4().simple().to_string();
+    format!("m{}", &id[..8])
+}
+
+/// A target under its temporary name `NAME.incomplete-JOB`. Unless it is finished, it goes when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Unfinished {
+    path: PathBuf,
+    temporary: PathBuf,
+    format: Format,
+    finished: bool,
+}
+
+impl Unfinished {
+    /// Creates an empty image that is to become `path`.
+    ///
+    /// # Errors
+    /// When `path` exists, whatever it is, and whatever creating an image fails with.
+    pub(crate) fn create(path: &Path, job: &str, options: &CreateOptions) -> Result<Self, Failure> {
+        if path.symlink_metadata().is_ok() {
+            return Err(exists(path));
+        }
+        let Some(name) = path.file_name() else {
+            return Err(Failure::usage(format!("{}: this names no file", path.display())));
+        };
+        let mut name = name.to_owned();
+        name.push(format!(".incomplete-{job}"));
+        let temporary = path.with_file_name(name);
+        formats::create(&temporary, options)?;
+        Ok(Self { path: path.to_owned(), temporary, format: options.format, finished: false })
+    }
+
+    /// Where it is for now.
+    pub(crate) fn temporary(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Opens it under its temporary name, whose ending says nothing of the format.
+    pub(crate) fn open(&self, read_only: bool) -> Result<Arc<dyn Image>, Failure> {
+        let options = OpenOptions { format: Some(self.format), read_only, ..OpenOptions::default() };
+        Ok(formats::open(&self.temporary, &options)?)
+    }
+
+    /// Makes its content durable and forgets what the system has cached of it, so that who reads it next reads what
+    /// the disk below has kept.
+    pub(crate) fn sync(&self) -> Result<(), Failure> {
+        let failed = |e: std::io::Error| Failure::io(self.temporary.display(), &e);
+        let file = File::open(&self.temporary).map_err(failed)?;
+        file.sync_all().map_err(failed)?;
+        // Only a hint: not every file system takes it.
+        let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        Ok(())
+    }
+
+    /// Gives it its final name, durably. Nothing that has come to exist there meanwhile is overwritten.
+    pub(crate) fn finish(mut self) -> Result<(), Failure> {
+        rename_without_overwriting(&self.temporary, &self.path)?;
+        self.finished = true;
+        sync_folder(folder_of(&self.path))
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if !self.finished {
+            // There is nobody left to tell; its name says what it is.
+            let _ = std::fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+fn exists(path: &Path) -> Failure {
+    let message = format!(
+        "{}: exists already, and is not overwritten; remove it or choose another name",
+        path.display()
+    );
+    Failure::new("exists", message)
+}
+
+fn rename_without_overwriting(from: &Path, to: &Path) -> Result<(), Failure> {
+    match renameat2(AT_FDCWD, from, AT_FDCWD, to, RenameFlags::RENAME_NOREPLACE) {
+        Ok(()) => Ok(()),
+        Err(Errno::EEXIST) => Err(exists(to)),
+        // A file system without this kind of rename: a link fails as surely where the name is taken.
+        Err(Errno::EINVAL | Errno::ENOSYS) => match std::fs::hard_link(from, to) {
+            Ok(()) => std::fs::remove_file(from).map_err(|e| Failure::io(from.display(), &e)),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Err(exists(to)),
+            Err(e) => Err(Failure::io(to.display(), &e)),
+        },
+        Err(e) => Err(Failure::io(to.display(), &e.into())),
+    }
+}
+
+/// Makes the names in a folder durable.
+pub(crate) fn sync_folder(folder: &Path) -> Result<(), Failure> {
+    File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Failure::io(folder.display(), &e))
+}
+
+/// Keeps a bar, a limit and ^C in step with work that reports its progress.
+struct Pace<'a> {
+    cancel: &'a Cancel,
+    bar: &'a ProgressBar,
+    bandwidth: Option<u64>,
+    started: Instant,
+}
+
+impl<'a> Pace<'a> {
+    fn new(cancel: &'a Cancel, bar: &'a ProgressBar, bandwidth: Option<u64>) -> Self {
+        Self { cancel, bar, bandwidth, started: Instant::now() }
+    }
+
+    /// Draws, and waits while that was too fast.
+    fn report(&self, progress: CopyProgress) -> ControlFlow<()> {
+        let moved = progress.bytes_copied;
+        self.bar.set_position(progress.bytes_done);
+        let rate = (moved as f64 / self.started.elapsed().as_secs_f64().max(0.001)) as u64;
+        self.bar.set_message(render::rate(rate));
+        let due = self.bandwidth.map_or(0.0, |limit| moved as f64 / limit as f64);
+        let due = self.started + Duration::try_from_secs_f64(due).unwrap_or(Duration::MAX / 4);
+        while !self.cancel.is_set() {
+            let left = due.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return ControlFlow::Continue(());
+            }
+            std::thread::sleep(left.min(Duration::from_millis(50)));
+        }
+        ControlFlow::Break(())
+    }
+}
+
+/// Names the image that failed. ^C explains any end of the work better than the work itself does.
+fn explain(e: CopyError, source: &Path, target: &Path, cancel: &Cancel) -> Failure {
+    let (path, e) = match e {
+        _ if cancel.is_set() => return cancelled(),
+        CopyError::Cancelled => return cancelled(),
+        CopyError::Source(e) => (source, e),
+        CopyError::Target(e) => (target, e),
+    };
+    let failure = Failure::from(e);
+    Failure { message: format!("{}: {failure}", path.display()), ..failure }
+}
+
+/// What ^C leads to.
+pub(crate) fn cancelled() -> Failure {
+    Failure::cancelled("cancelled; what was unfinished is removed, and what was there before is as it was")
+}
+
+/// Copies what `source` holds into the fresh target and makes it durable. `bandwidth` is in bytes a second.
+///
+/// # Errors
+/// Whatever either image fails with; `cancelled` when `cancel` was set.
+pub(crate) fn copy_to(
+    source: Side<'_>,
+    target: &Unfinished,
+    cancel: &Cancel,
+    bar: &ProgressBar,
+    bandwidth: Option<u64>,
+) -> Result<CopyOutcome, Failure> {
+    let image = target.open(false)?;
+    let pace = Pace::new(cancel, bar, bandwidth);
+    let outcome = formats::copy(source.image, &*image, &mut |progress| pace.report(progress))
+        .map_err(|e| explain(e, source.path, &target.temporary, cancel))?;
+    image.close()?;
+    drop(image);
+    target.sync()?;
+    Ok(outcome)
+}
+
+/// The first byte in which two disks differ; where one is shorter, the rest of the other is compared with zeroes.
+pub(crate) fn compare(
+    a: Side<'_>,
+    b: Side<'_>,
+    cancel: &Cancel,
+    bar: &ProgressBar,
+    bandwidth: Option<u64>,
+) -> Result<Comparison, Failure> {
+    let pace = Pace::new(cancel, bar, bandwidth);
+    formats::compare(a.image, b.image, &mut |progress| pace.report(progress))
+        .map_err(|e| explain(e, a.path, b.path, cancel))
+}
+
+/// An open image and the name by which people know it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Side<'a> {
+    /// The image.
+    pub(crate) image: &'a dyn Image,
+    /// Its file.
+    pub(crate) path: &'a Path,
+}
+
+/// Compares at most so many places of two disks.
+const SAMPLES: u64 = 4096;
+/// So many bytes at each.
+const SAMPLE_BYTES: u64 = 64 << 10;
+
+/// Compares places spread over the whole of two disks of one size. Returns the bytes compared and where the first
+/// place that differs begins.
+pub(crate) fn compare_samples(
+    a: &dyn Image,
+    b: &dyn Image,
+    cancel: &Cancel,
+) -> Result<(u64, Option<u64>), Failure> {
+    let size = a.geometry().virtual_size;
+    assert_eq!(size, b.geometry().virtual_size, "samples are for disks of one size");
+    let stride = (size / SAMPLES).next_multiple_of(SAMPLE_BYTES).max(SAMPLE_BYTES);
+    let (mut left, mut right) = (vec![0; SAMPLE_BYTES as usize], vec![0; SAMPLE_BYTES as usize]);
+    let mut compared = 0;
+    let last = size.saturating_sub(1) / SAMPLE_BYTES * SAMPLE_BYTES;
+    for offset in (0..size).step_by(stride as usize).chain(std::iter::once(last)) {
+        if cancel.is_set() {
+            return Err(cancelled());
+        }
+        let len = SAMPLE_BYTES.min(size - offset) as usize;
+        formats::read_payload(a, offset, &mut left[..len])?;
+        formats::read_payload(b, offset, &mut right[..len])?;
+        if left[..len] != right[..len] {
+            return Ok((compared, Some(offset)));
+        }
+        compared += len as u64;
+    }
+    Ok((compared, None))
+}
