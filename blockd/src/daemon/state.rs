@@ -134,6 +134,26 @@ impl StateDir {
         sync_dir(&dir)
     }
 
+    /// Makes durable that a disk is another image now, as a move's journal tells. A disk that is not remembered any more
+    /// is left so.
+    ///
+    /// # Errors
+    /// A damaged record, and whatever the file system says.
+    pub fn adopt(&self, id: &str, image: &Path, format: formats::Format, generation: u64) -> io::Result<()> {
+        let path = self.record_path(id);
+        if !path.exists() {
+            return Ok(());
+        }
+        let mut record = read_record(&path, id).map_err(io::Error::other)?;
+        if record.generation < generation {
+            record.image = image.to_owned();
+            record.format = Some(format);
+            record.generation = generation;
+            self.put(&record)?;
+        }
+        Ok(())
+    }
+
     /// Forgets a disk, durably; one that was not remembered is no error.
     ///
     /// # Errors

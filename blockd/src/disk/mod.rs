@@ -1,0 +1,241 @@
+//! A disk: an image (two while it is moved), the workers that serve it, the socket that front ends connect to.
+
+pub mod counters;
+pub mod handle;
+pub mod route;
+pub mod shared;
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use formats::{ErrorKind, Format, Geometry, ImageType};
+use serde::{Deserialize, Serialize};
+
+pub use counters::DiskStats;
+use handle::ImageHandle;
+use shared::DiskShared;
+
+use crate::vhost::listener::Listener;
+use crate::worker::mailbox::Mailbox;
+use crate::worker::{Limits, WorkerHandle};
+
+/// Most queues of a disk.
+pub const QUEUES_MAX: u16 = 64;
+/// Most bytes of one discard or write zeroes: 2 GiB.
+const ZERO_BYTES_MAX: u64 = 2 << 30;
+
+/// What a disk is to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSpec {
+    /// Its name.
+    pub id: String,
+    /// Path of the image.
+    pub image: PathBuf,
+    /// Path of the vhost-user socket.
+    pub socket: PathBuf,
+    /// The image's format; from its name when absent.
+    pub format: Option<Format>,
+    /// Most queues that a front end may use, 1 to 64.
+    pub queues: u16,
+    /// Threads that serve them, 1 to `queues`.
+    pub io_threads: u16,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+/// What happens to a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskEvent {
+    /// A front end's rings run.
+    Connected,
+    /// No front end's rings run any more.
+    Disconnected,
+    /// The disk cannot be written any more.
+    Failed(String),
+}
+
+/// Told of what happens to a disk, from any of its threads; must not block.
+pub type DiskEvents = Arc<dyn Fn(DiskEvent) + Send + Sync>;
+
+/// Why something could not be done to a disk.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct DiskError {
+    /// What to match on.
+    pub kind: ErrorKind,
+    /// What happened and what to do.
+    pub message: String,
+}
+
+impl DiskError {
+    /// An error of `kind`.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// A disk that is served.
+pub struct Disk {
+    spec: DiskSpec,
+    shared: Arc<DiskShared>,
+    running: Mutex<Option<Running>>,
+    mailboxes: Vec<Arc<Mailbox>>,
+}
+
+/// The threads of a disk; gone once it was stopped. Fields end in this order.
+struct Running {
+    listener: Listener,
+    workers: Vec<WorkerHandle>,
+    maintenance: std::thread::JoinHandle<()>,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens the image, binds the socket and starts to serve. `recover` mends what a crash of ours can leave behind.
+    ///
+    /// # Errors
+    /// What opening the image says; a socket that is in use or cannot be bound; no ring or thread to be had.
+    pub fn start(spec: DiskSpec, recover: bool, events: DiskEvents) -> Result<Arc<Self>, DiskError> {
+        if !(1..=QUEUES_MAX).contains(&spec.queues) || !(1..=spec.queues).contains(&spec.io_threads) {
+            return Err(DiskError::new(
+                ErrorKind::InvalidParameter,
+                format!(
+                    "{} queues and {} I/O threads: 1 to {QUEUES_MAX} queues, and from 1 to as many threads, are possible",
+                    spec.queues, spec.io_threads
+                ),
+            ));
+        }
+        let image = ImageHandle::open(&spec.image, spec.format, spec.read_only, recover)?;
+        let geometry = image.image().geometry();
+        let limits = Limits {
+            size: geometry.virtual_size,
+            sector: geometry.logical_sector_size,
+            read_only: image.image().is_read_only(),
+            zero_bytes_max: ZERO_BYTES_MAX,
+        };
+        let threads = usize::from(spec.io_threads);
+        let shared = DiskShared::new(&spec.id, limits, image, threads);
+        let io = |what: &str, e: std::io::Error| DiskError::new(ErrorKind::Io, format!("{what}: {e}"));
+        let mut mailboxes = Vec::new();
+        let mut workers = Vec::new();
+        for index in 0..threads {
+            let mailbox = Arc::new(Mailbox::new().map_err(|e| io("cannot make an eventfd", e))?);
+            mailboxes.push(mailbox.clone());
+            let worker = WorkerHandle::start(index, &shared, mailbox);
+            workers.push(worker.map_err(|e| DiskError::new(ErrorKind::Io, e))?);
+        }
+        let for_maintenance = shared.clone();
+        let maintenance = std::thread::Builder::new()
+            .name("maintenance".into())
+            .spawn(move || for_maintenance.maintain())
+            .map_err(|e| io("cannot start a thread", e))?;
+        let listener = Listener::start(&spec, shared.clone(), mailboxes.clone(), events).map_err(|e| {
+            shared.stop_maintenance();
+            DiskError::new(ErrorKind::Io, format!("{}: {e}", spec.socket.display()))
+        })?;
+        let running = Mutex::new(Some(Running { listener, workers, maintenance }));
+        Ok(Arc::new(Self { spec, shared, running, mailboxes }))
+    }
+
+    /// What it was started as.
+    pub fn spec(&self) -> &DiskSpec {
+        &self.spec
+    }
+
+    /// What its threads share.
+    pub fn shared(&self) -> &Arc<DiskShared> {
+        &self.shared
+    }
+
+    /// How its workers are reached.
+    pub fn mailboxes(&self) -> &[Arc<Mailbox>] {
+        &self.mailboxes
+    }
+
+    fn image(&self) -> Arc<ImageHandle> {
+        self.shared.route.load().source().clone()
+    }
+
+    /// Path of the image that is the disk now.
+    pub fn image_path(&self) -> PathBuf {
+        self.image().path()
+    }
+
+    /// The image's format.
+    pub fn format(&self) -> Format {
+        self.image().image().format()
+    }
+
+    /// The image's type.
+    pub fn image_type(&self) -> ImageType {
+        self.image().image().image_type()
+    }
+
+    /// The image's sizes.
+    pub fn geometry(&self) -> Geometry {
+        self.image().image().geometry()
+    }
+
+    /// Whether a front end's rings run.
+    pub fn is_connected(&self) -> bool {
+        self.shared.running.load(std::sync::atomic::Ordering::Relaxed) > 0
+    }
+
+    /// Why the disk cannot be written any more, if so.
+    pub fn failed(&self) -> Option<String> {
+        self.shared.failed()
+    }
+
+    /// What was counted.
+    pub fn stats(&self) -> DiskStats {
+        self.shared.counters.stats()
+    }
+
+    /// Makes everything written so far durable. Blocks.
+    ///
+    /// # Errors
+    /// What the file says.
+    pub fn flush(&self) -> Result<(), DiskError> {
+        let shard = self.shared.gate.shard();
+        let entry = shard.enter();
+        let route = self.shared.route.load_full();
+        let done = std::iter::once(route.source())
+            .chain(route.target())
+            .try_for_each(|image| image.image().commit());
+        shard.leave(entry);
+        done.map_err(|e| DiskError::new(e.kind, e.to_string()))
+    }
+
+    /// Stops serving: front ends are disconnected, what is in flight ends, the image is closed cleanly. Blocks.
+    ///
+    /// # Errors
+    /// When the image could not be closed; it is then as after a crash, which the next open mends.
+    pub fn stop(&self) -> Result<(), DiskError> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(Running { mut listener, mut workers, maintenance }) = running else { return Ok(()) };
+        listener.stop();
+        workers.iter_mut().for_each(WorkerHandle::stop);
+        self.shared.stop_maintenance();
+        let _ = maintenance.join();
+        let image = self.image();
+        if image.image().is_read_only() {
+            return Ok(());
+        }
+        image.image().close().map_err(|e| {
+            DiskError::new(e.kind, format!("{}: cannot be closed cleanly: {e}", image.path().display()))
+        })
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(e) = self.stop() {
+            tracing::error!(disk = self.spec.id, "{e}");
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! What of a move blocks: waiting for routes to settle, the journal, flushing, renaming, deleting. One thread, one
+//! action after the other.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use blockd_api::Receipt;
+use formats::AllocState;
+use mirror::{Action, Event, JobState, Record, Route};
+use roaring::RoaringBitmap;
+use sha2::{Digest, Sha256};
+
+use super::Move;
+use super::journal_file::{JournalFile, dir_of, sync_dir};
+use crate::daemon::clock;
+use crate::disk::Disk;
+
+pub(super) struct Control {
+    this: Arc<Move>,
+    disk: Arc<Disk>,
+    journal: JournalFile,
+}
+
+fn text<T>(result: io::Result<T>, what: impl FnOnce() -> String) -> Result<T, String> {
+    result.map_err(|e| format!("{}: {e}", what()))
+}
+
+/// Gives a file another name that must be free. Fine if that has happened before.
+pub(super) fn rename_durably(from: &Path, to: &Path) -> io::Result<()> {
+    match nix::fcntl::renameat2(
+        nix::fcntl::AT_FDCWD,
+        from,
+        nix::fcntl::AT_FDCWD,
+        to,
+        nix::fcntl::RenameFlags::RENAME_NOREPLACE,
+    ) {
+        Ok(()) => {}
+        // Done by an earlier attempt.
+        Err(nix::errno::Errno::ENOENT) if to.exists() => {}
+        // A file system without that flag: the name was free when the move began.
+        Err(nix::errno::Errno::EINVAL) if !to.exists() => std::fs::rename(from, to)?,
+        Err(e) => return Err(e.into()),
+    }
+    sync_dir(dir_of(to))
+}
+
+/// Deletes a file, durably. Fine if it is gone.
+pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+        Err(e) => return Err(e),
+    }
+    sync_dir(dir_of(path))
+}
+
+impl Control {
+    pub(super) fn new(this: Arc<Move>, disk: Arc<Disk>, journal: JournalFile) -> Self {
+        Self { this, disk, journal }
+    }
+
+    pub(super) fn run(&mut self, actions: &Receiver<Action>) {
+        while let Ok(action) = actions.recv() {
+            tracing::debug!(job = self.this.plan.job, ?action, "move");
+            if let Some(event) = self.carry_out(action) {
+                self.this.shared.apply(event);
+            }
+            if self.this.outcome().over {
+                return;
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Option<Event> {
+        let this = &self.this;
+        let (source, target) = (this.shared.source(), this.shared.target());
+        Some(match action {
+            Action::SetRoute(route) => self.settle(route),
+            Action::Scan => match self.scan() {
+                Ok(extents) => Event::Scanned(extents),
+                Err(e) => Event::ScanFailed(e),
+            },
+            Action::Record(record) => {
+                let done = text(self.journal.append(&record), || "the journal cannot be written".into());
+                if done.is_ok() && matches!(record, Record::Committed { .. }) {
+                    self.note_commit();
+                }
+                Event::Recorded(done)
+            }
+            Action::FlushTarget => {
+                self.disk.shared().counters.take_longest_us();
+                Event::TargetFlushed(target.image().commit().map_err(|e| e.to_string()))
+            }
+            Action::FinishTarget => Event::TargetFinished(self.finish_target()),
+            Action::DeleteSource => {
+                let done = text(remove_durably(&this.plan.source), || source.path().display().to_string());
+                this.outcome().source_deleted = done.is_ok();
+                Event::SourceDeleted(done)
+            }
+            Action::DiscardTarget => {
+                let path = this.plan.temporary();
+                Event::TargetDiscarded(text(remove_durably(&path), || path.display().to_string()))
+            }
+            Action::StateChanged(state) => {
+                self.state_changed(&state);
+                return None;
+            }
+            // Carried out where they were dispatched, or by the copier.
+            Action::Copy { .. }
+            | Action::Verify { .. }
+            | Action::Wake(_)
+            | Action::StartWrite { .. }
+            | Action::CompleteWrite { .. } => return None,
+        })
+    }
+
+    /// Waits until everything that was begun under an earlier route has ended.
+    fn settle(&self, route: Route) -> Event {
+        let shared = &self.this.shared;
+        self.disk.shared().gate.wait();
+        shared.deliver_marks();
+        match route {
+            Route::Target => {
+                let longest = self.disk.shared().counters.take_longest_us();
+                self.this.outcome().longest_guest_wait_us = longest;
+                self.close(shared.source());
+            }
+            Route::Source if self.this.plan.copy_only => self.close(shared.target()),
+            _ => {}
+        }
+        Event::RouteSettled(route)
+    }
+
+    /// Leaves an image that nothing goes to any more as a cleanly closed one.
+    fn close(&self, image: &crate::disk::handle::ImageHandle) {
+        if image.image().is_read_only() {
+            return;
+        }
+        if let Err(e) = image.image().close() {
+            tracing::warn!(job = self.this.plan.job, image = %image.path().display(), "not closed cleanly: {e}");
+        }
+    }
+
+    /// The extents that the source holds.
+    fn scan(&self) -> Result<RoaringBitmap, String> {
+        let (image, size) = (self.this.shared.source().image(), self.this.shared.extent_size);
+        let mut extents = RoaringBitmap::new();
+        let mut at = 0;
+        while let Some(extent) = image.next_extent(at).map_err(|e| e.to_string())? {
+            let end = extent.span.offset + extent.span.len;
+            if extent.state == AllocState::Data {
+                extents.insert_range((at / size) as u32..end.div_ceil(size) as u32);
+            }
+            at = end;
+        }
+        Ok(extents)
+    }
+
+    fn note_commit(&self) {
+        let machine = self.this.shared.machine();
+        let commit_s = machine.progress(self.this.shared.now()).commit_s;
+        drop(machine);
+        self.this.outcome().commit_us = (commit_s * 1e6) as u64;
+    }
+
+    fn finish_target(&self) -> Result<(), String> {
+        let (plan, target) = (&self.this.plan, self.this.shared.target());
+        let (from, to) = (plan.temporary(), &plan.target);
+        text(rename_durably(&from, to), || format!("{} cannot become {}", from.display(), to.display()))?;
+        target.set_path(to);
+        if plan.copy_only {
+            return Ok(());
+        }
+        let told = (self.this.hooks.image_changed)(to, plan.format, plan.generation + 1);
+        text(told, || format!("the record of disk {} cannot be written", plan.disk))
+    }
+
+    fn state_changed(&mut self, state: &JobState) {
+        let job = self.this.job();
+        if state.is_final() {
+            let receipt = Receipt {
+                started: clock::rfc3339(self.this.started),
+                ended: clock::now(),
+                generation: [
+                    self.this.plan.generation,
+                    self.this.plan.generation
+                        + u64::from(*state == JobState::Done && !self.this.plan.copy_only),
+                ],
+                journal_sha256: self.journal.bytes().map(|b| hex(&Sha256::digest(b))).unwrap_or_default(),
+                job: job.clone(),
+            };
+            self.this.finish(receipt);
+        }
+        (self.this.hooks.state_changed)(&job);
+    }
+}
+
+/// Hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -1,0 +1,384 @@
+//! Moves: the machine of the `mirror` crate, and the threads that carry out what it decides.
+//!
+//! ```text
+//!   workers ── WriteBegin, WriteEnd, marks ──►┌─────────┐── StartWrite, CompleteWrite ──► workers (mail)
+//!   API ────── Pause, Resume, Switch, ... ───►│ Machine │── SetRoute ──► the disk's route, at once
+//!   copier ─── CopyEnd, VerifyEnd ───────────►│ (mutex) │── Copy, Verify, Wake ──► copier thread (tokio-uring)
+//!   control ── RouteSettled, Recorded, ... ──►└─────────┘── everything that blocks ──► control thread
+//! ```
+
+mod control;
+mod copier;
+mod journal_file;
+pub mod marks;
+mod recovery;
+pub mod shared;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use blockd_api::{ErrorInfo, Job, JobPhases, JobSwitch, Receipt};
+use formats::{CreateOptions, ErrorKind, Format, ImageType};
+use mirror::{
+    Action, Config, Event, JobState, Machine, MirrorMode, OnTargetError, PauseReason, SwitchMode, Verify,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::disk::handle::ImageHandle;
+use crate::disk::{Disk, DiskError};
+use control::Control;
+use journal_file::JournalFile;
+use shared::MoveShared;
+
+pub use recovery::{Adopt, Recovered, recover};
+
+/// Bytes of one copy: large enough for a disk's full speed, small enough that a guest's write waits little for one.
+const COPY_BYTES_MAX: u64 = 1 << 20;
+/// Copies in flight: covers the latency of a network file system at a few gigabytes a second.
+const COPIES_IN_FLIGHT_MAX: u32 = 8;
+/// The smallest extent; a disk of more than 2^32 of them has larger ones.
+const EXTENT_BYTES: u64 = 64 << 10;
+
+/// What a move is to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MovePlan {
+    /// The job's id.
+    pub job: String,
+    /// The disk's id.
+    pub disk: String,
+    /// The disk's generation before the move.
+    pub generation: u64,
+    /// The image that is the disk now.
+    pub source: PathBuf,
+    /// The image that shall be the disk, under its final name.
+    pub target: PathBuf,
+    /// The target's format.
+    pub format: Format,
+    /// The target's type.
+    pub image_type: ImageType,
+    /// The target's block size in bytes; its format's own when absent.
+    pub block_size: Option<u32>,
+    /// When guest writes begin to go to both images.
+    pub mirror: MirrorMode,
+    /// Who says when the target becomes the disk.
+    pub switch: SwitchMode,
+    /// How much is read back before.
+    pub verify: Verify,
+    /// Bytes a second that copying may take.
+    pub bandwidth: Option<u64>,
+    /// The source stays.
+    pub keep_source: bool,
+    /// A copy at one point in time; the disk stays where it is.
+    pub copy_only: bool,
+    /// What an error of the target does.
+    pub on_target_error: OnTargetError,
+}
+
+impl MovePlan {
+    /// The target's name until it is finished: nobody mistakes it for a disk.
+    pub fn temporary(&self) -> PathBuf {
+        let mut name = self.target.clone().into_os_string();
+        name.push(format!(".incomplete-{}", self.job));
+        name.into()
+    }
+
+    fn config(&self, disk_size: u64) -> Config {
+        // What the machine does not know, as the journal keeps it for a restart.
+        let json = serde_json::to_string(self).expect("a plan is plain data");
+        Config {
+            plan: mirror::Plan {
+                job: self.job.clone(),
+                disk: self.disk.clone(),
+                generation: self.generation,
+                source: self.source.to_string_lossy().into_owned(),
+                target_temporary: self.temporary().to_string_lossy().into_owned(),
+                target_final: self.target.to_string_lossy().into_owned(),
+                details: BTreeMap::from([("plan".to_owned(), json)]),
+            },
+            disk_size,
+            extent_size: EXTENT_BYTES.max(disk_size.div_ceil(1 << 31).next_power_of_two()),
+            mode: self.mirror,
+            switch: self.switch,
+            verify: self.verify,
+            copy_only: self.copy_only,
+            keep_source: self.keep_source,
+            on_target_error: self.on_target_error,
+            bandwidth: self.bandwidth,
+            copies_in_flight_max: COPIES_IN_FLIGHT_MAX,
+            copy_bytes_max: COPY_BYTES_MAX,
+        }
+    }
+}
+
+/// What a move tells the daemon.
+pub struct MoveHooks {
+    /// The job is in another state.
+    pub state_changed: Box<dyn Fn(&Job) + Send + Sync>,
+    /// The disk is another image now: path, format, generation. Must be durable when it returns.
+    #[expect(clippy::type_complexity, reason = "one use")]
+    pub image_changed: Box<dyn Fn(&Path, Format, u64) -> io::Result<()> + Send + Sync>,
+}
+
+/// What is known of a move besides what its machine knows.
+#[derive(Debug, Clone, Default)]
+struct Outcome {
+    over: bool,
+    source_deleted: bool,
+    longest_guest_wait_us: u64,
+    commit_us: u64,
+    receipt: Option<Receipt>,
+    /// A failure that the machine cannot know of: its threads are gone.
+    broken: Option<String>,
+}
+
+/// A move of a disk that is served.
+pub struct Move {
+    plan: MovePlan,
+    shared: Arc<MoveShared>,
+    outcome: Mutex<Outcome>,
+    ended: Condvar,
+    started: SystemTime,
+    hooks: MoveHooks,
+}
+
+impl std::fmt::Debug for Move {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Move").field("plan", &self.plan).finish_non_exhaustive()
+    }
+}
+
+fn create_error(e: formats::CreateError) -> DiskError {
+    DiskError::new(e.kind, format!("the target cannot be made: {e}"))
+}
+
+/// Makes the target under its temporary name and opens it.
+fn make_target(plan: &MovePlan, disk: &Disk) -> Result<Arc<ImageHandle>, DiskError> {
+    let geometry = disk.geometry();
+    let temporary = plan.temporary();
+    let options = CreateOptions {
+        format: plan.format,
+        image_type: plan.image_type,
+        virtual_size: geometry.virtual_size,
+        block_size: plan.block_size,
+        logical_sector_size: geometry.logical_sector_size,
+    };
+    formats::create(&temporary, &options).map_err(create_error)?;
+    let opened = ImageHandle::open(&temporary, Some(plan.format), false, false).and_then(|target| {
+        let got = target.image().geometry();
+        if (got.virtual_size, got.logical_sector_size)
+            == (geometry.virtual_size, geometry.logical_sector_size)
+        {
+            return Ok(target);
+        }
+        Err(DiskError::new(
+            ErrorKind::Unsupported,
+            format!(
+                "{} cannot hold a disk of {} bytes with sectors of {}: choose another format",
+                plan.format, geometry.virtual_size, geometry.logical_sector_size
+            ),
+        ))
+    });
+    if opened.is_err() {
+        // What made it fail is told; a leftover under its temporary name cannot be mistaken for a disk.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    opened
+}
+
+impl Move {
+    /// Makes the target, begins the journal and starts to copy.
+    ///
+    /// # Errors
+    /// When the target or the journal cannot be made; nothing has happened to the disk then.
+    pub fn start(
+        disk: Arc<Disk>,
+        plan: MovePlan,
+        moves_dir: &Path,
+        hooks: MoveHooks,
+    ) -> Result<Arc<Self>, DiskError> {
+        if plan.target.exists() {
+            return Err(DiskError::new(
+                ErrorKind::InvalidParameter,
+                format!("{} exists already; name another target", plan.target.display()),
+            ));
+        }
+        let config = plan.config(disk.geometry().virtual_size);
+        config.check().map_err(|e| DiskError::new(ErrorKind::InvalidParameter, e.to_string()))?;
+        let journal = JournalFile::open(moves_dir, &plan.job)?;
+        let target = make_target(&plan, &disk)?;
+        let (send, actions) = tokio::sync::mpsc::unbounded_channel();
+        let disk_shared = disk.shared().clone();
+        let source = disk_shared.route.load().source().clone();
+        let shared = MoveShared::new(
+            Machine::new(config.clone()),
+            &config,
+            send,
+            disk.mailboxes().to_vec(),
+            disk_shared.route.clone(),
+            source,
+            target,
+        );
+        let this = Arc::new(Self {
+            plan,
+            shared: shared.clone(),
+            outcome: Mutex::default(),
+            ended: Condvar::new(),
+            started: SystemTime::now(),
+            hooks,
+        });
+        this.spawn_threads(disk, config, journal, actions)?;
+        shared.apply(Event::Start);
+        Ok(this)
+    }
+
+    fn spawn_threads(
+        self: &Arc<Self>,
+        disk: Arc<Disk>,
+        config: Config,
+        journal: JournalFile,
+        actions: tokio::sync::mpsc::UnboundedReceiver<Action>,
+    ) -> Result<(), DiskError> {
+        let no_thread =
+            |e: io::Error| DiskError::new(ErrorKind::Io, format!("cannot start a thread for the move: {e}"));
+        let (to_control, for_control) = std::sync::mpsc::channel();
+        let mut control = Control::new(self.clone(), disk.clone(), journal);
+        std::thread::Builder::new()
+            .name("move-control".into())
+            .spawn(move || control.run(&for_control))
+            .map_err(no_thread)?;
+        let (this, gate) = (self.clone(), disk.shared().gate.clone());
+        std::thread::Builder::new()
+            .name("move-copy".into())
+            .spawn(move || {
+                let forward = |action| {
+                    let last = matches!(&action, Action::StateChanged(state) if state.is_final());
+                    // The control thread ends only after the last action.
+                    let gone = to_control.send(action).is_err();
+                    if last || gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                };
+                if let Err(e) = copier::run(this.shared.clone(), gate, &config, actions, &forward) {
+                    this.break_off(&format!("the copier cannot run: {e}"));
+                }
+            })
+            .map_err(no_thread)?;
+        Ok(())
+    }
+
+    fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The move can go no further and its machine cannot be asked.
+    fn break_off(&self, why: &str) {
+        tracing::error!(job = self.plan.job, "{why}");
+        let mut outcome = self.outcome();
+        outcome.broken = Some(why.to_owned());
+        outcome.over = true;
+        drop(outcome);
+        self.ended.notify_all();
+    }
+
+    fn finish(&self, receipt: Receipt) {
+        let mut outcome = self.outcome();
+        outcome.receipt = Some(receipt);
+        outcome.over = true;
+        drop(outcome);
+        self.ended.notify_all();
+    }
+
+    /// The move as it stands.
+    pub fn job(&self) -> Job {
+        let machine = self.shared.machine();
+        let (state, progress) = (machine.state(), machine.progress(self.shared.now()));
+        drop(machine);
+        let outcome = self.outcome().clone();
+        let info = |kind: &str, message: String| Some(ErrorInfo { kind: kind.into(), message });
+        let error = match &state {
+            JobState::Failed { reason } => info("io", reason.clone()),
+            JobState::Paused { reason: PauseReason::Space(why) } => {
+                info("no-space", format!("{why}; make room, then resume the job"))
+            }
+            JobState::Paused { reason: PauseReason::TargetError(why) } => {
+                info("io", format!("{why}; mend the target, then resume the job, or cancel it"))
+            }
+            _ => outcome.broken.clone().and_then(|why| info("internal", why)),
+        };
+        let plan = &self.plan;
+        Job {
+            job: plan.job.clone(),
+            disks: vec![plan.disk.clone()],
+            state: if outcome.broken.is_some() { "failed".into() } else { state.word().into() },
+            source: vec![plan.source.to_string_lossy().into_owned()],
+            target: vec![plan.target.to_string_lossy().into_owned()],
+            bytes_total: progress.bytes_total,
+            bytes_copied: progress.bytes_copied,
+            bytes_mirrored: progress.bytes_mirrored,
+            bytes_dirty: progress.bytes_dirty,
+            bytes_skipped_zero: progress.bytes_skipped_zero,
+            bytes_verified: progress.bytes_verified,
+            rate_bytes_per_s: progress.rate_bytes_per_s,
+            eta_s: progress.eta_s.unwrap_or(0),
+            passes: progress.passes,
+            phases: JobPhases {
+                copying_s: progress.copying_s,
+                mirroring_s: progress.mirroring_s,
+                verify_s: progress.verify_s,
+                commit_s: progress.commit_s,
+            },
+            switch: JobSwitch {
+                commit_us: outcome.commit_us,
+                longest_guest_wait_us: outcome.longest_guest_wait_us,
+            },
+            verified: match plan.verify {
+                Verify::None => "none",
+                Verify::Sample => "sample",
+                Verify::Full => "full",
+            }
+            .into(),
+            source_deleted: outcome.source_deleted,
+            error,
+        }
+    }
+
+    /// What a finished move did; `None` while it runs.
+    pub fn receipt(&self) -> Option<Receipt> {
+        self.outcome().receipt.clone()
+    }
+
+    /// No further copies until it is resumed.
+    pub fn pause(&self) {
+        self.shared.apply(Event::Pause);
+    }
+
+    /// Goes on after a pause or a target's error.
+    pub fn resume(&self) {
+        self.shared.apply(Event::Resume);
+    }
+
+    /// The target may become the disk as soon as both are equal.
+    pub fn switch(&self) {
+        self.shared.apply(Event::Switch);
+    }
+
+    /// Back to the source, unless the commit was asked for.
+    pub fn cancel(&self) {
+        self.shared.apply(Event::Cancel);
+    }
+
+    /// Another limit, in bytes a second.
+    pub fn set_bandwidth(&self, limit: Option<u64>) {
+        self.shared.apply(Event::SetBandwidth(limit));
+    }
+
+    /// Returns when the move is over.
+    pub fn wait(&self) {
+        let mut outcome = self.outcome();
+        while !outcome.over {
+            outcome = self.ended.wait(outcome).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}

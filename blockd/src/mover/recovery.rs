@@ -1,0 +1,171 @@
+//! After a restart: which image is the disk, and what is left to do. Decided by the journals alone.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use blockd_api::{ErrorInfo, Job};
+use formats::{ErrorKind, Format};
+use mirror::{Record, Recovery};
+
+use super::MovePlan;
+use super::control::{remove_durably, rename_durably};
+use super::journal_file::{EXTENSION, JournalFile};
+use crate::disk::DiskError;
+
+/// What the journals say.
+#[derive(Debug, Default)]
+pub struct Recovered {
+    /// Moves that are over.
+    pub jobs: Vec<Job>,
+    /// Disks whose image is another than their record may say: path, format, generation.
+    pub images: BTreeMap<String, (PathBuf, Format, u64)>,
+    /// Moves to begin again from the start, once their disk is served.
+    pub restart: Vec<MovePlan>,
+}
+
+/// Writes durably that a disk is another image now: the disk's name, path, format, generation.
+pub type Adopt<'a> = dyn Fn(&str, &Path, Format, u64) -> io::Result<()> + 'a;
+
+/// Reads all journals, finishes what was committed and undoes what was not. To be called before any disk is opened.
+/// `adopt` is called for each disk whose move was committed but not finished; where it fails, the journal is left as it
+/// is, so that the next start comes to the same end again.
+///
+/// # Errors
+/// A journal that cannot be read or is damaged, and files that cannot be renamed or deleted: guessing which image is
+/// the disk could lose data, so nothing is served before that is mended.
+pub fn recover(moves_dir: &Path, adopt: &Adopt<'_>) -> Result<Recovered, DiskError> {
+    let mut recovered = Recovered::default();
+    let mut paths = Vec::new();
+    let listed = std::fs::read_dir(moves_dir).and_then(Iterator::collect::<io::Result<Vec<_>>>);
+    for entry in listed.map_err(|e| DiskError::new(ErrorKind::Io, format!("{}: {e}", moves_dir.display())))? {
+        let path = entry.path();
+        if path.extension().is_some_and(|e| e == EXTENSION) {
+            let age = entry.metadata().and_then(|m| m.modified()).ok();
+            paths.push((age, path));
+        }
+    }
+    // In the order in which they ended, so that the last move of a disk has the last word.
+    paths.sort();
+    for (_, path) in paths {
+        one(moves_dir, &path, adopt, &mut recovered)
+            .map_err(|e| DiskError::new(e.kind, format!("the journal {}: {}", path.display(), e.message)))?;
+    }
+    Ok(recovered)
+}
+
+fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recovered) -> Result<(), DiskError> {
+    let corrupt = |e: &dyn std::fmt::Display| DiskError::new(ErrorKind::Corrupt, e.to_string());
+    let failed = |e: io::Error| DiskError::new(ErrorKind::Io, e.to_string());
+    let bytes = std::fs::read(path).map_err(failed)?;
+    let (records, _) = mirror::decode_all(&bytes).map_err(|e| corrupt(&e))?;
+    let decision = mirror::recover(&records).map_err(|e| corrupt(&e))?;
+    let Some(plan) = records.iter().rev().find_map(|r| match r {
+        Record::Plan { plan, .. } => Some(plan),
+        _ => None,
+    }) else {
+        // Nothing had begun.
+        return remove_durably(path).map_err(failed);
+    };
+    let json = plan.details.get("plan").ok_or_else(|| corrupt(&"its plan has no details"))?;
+    let plan: MovePlan = serde_json::from_str(json).map_err(|e| corrupt(&e))?;
+    let job = path.file_stem().and_then(|s| s.to_str()).unwrap_or_default();
+    let append = |records: &[Record]| -> Result<(), DiskError> {
+        let mut journal = JournalFile::open(moves_dir, job)?;
+        records.iter().try_for_each(|r| journal.append(r)).map_err(failed)
+    };
+    match decision {
+        Recovery::Nothing => {
+            let reason = |r: &Record| match r {
+                Record::Failed { reason } => Some(reason.clone()),
+                _ => None,
+            };
+            let cancelled = records.contains(&Record::Cancelled);
+            let over = over(&plan, &records, cancelled, records.iter().find_map(reason));
+            recovered.jobs.push(over);
+        }
+        Recovery::SourceIsDisk { restart, finish_copy: true } => {
+            debug_assert!(!restart, "a copy that is complete is not begun again");
+            rename_durably(&plan.temporary(), &plan.target).map_err(failed)?;
+            let receipt = mirror::Receipt { verified: plan.verify, ..mirror::Receipt::default() };
+            append(&[Record::TargetFinished, Record::Done { receipt }])?;
+            recovered.jobs.push(over(&plan, &records, false, None));
+        }
+        Recovery::SourceIsDisk { restart, .. } => {
+            remove_durably(&plan.temporary()).map_err(failed)?;
+            if restart {
+                tracing::info!(job, disk = plan.disk, "the move was interrupted and begins again");
+                recovered.restart.push(plan);
+            }
+        }
+        Recovery::TargetIsDisk { finish, delete_source } => {
+            tracing::info!(job, disk = plan.disk, "the move was committed and is finished now");
+            if finish {
+                rename_durably(&plan.temporary(), &plan.target).map_err(failed)?;
+            }
+            let generation = plan.generation + 1;
+            recovered.images.insert(plan.disk.clone(), (plan.target.clone(), plan.format, generation));
+            // Before the journal says that there is nothing left to do: from then on the disk's record alone counts.
+            if let Err(e) = adopt(&plan.disk, &plan.target, plan.format, generation) {
+                tracing::error!(
+                    job,
+                    disk = plan.disk,
+                    "the disk's record cannot be written, the move is finished at the next start: {e}"
+                );
+                return Ok(());
+            }
+            let mut further = Vec::new();
+            if finish {
+                further.push(Record::TargetFinished);
+            }
+            if delete_source {
+                remove_durably(&plan.source).map_err(failed)?;
+                further.push(Record::SourceDeleted);
+            }
+            let receipt = mirror::Receipt {
+                verified: plan.verify,
+                source_deleted: !plan.keep_source,
+                warning: Some("finished after a restart".into()),
+                ..mirror::Receipt::default()
+            };
+            further.push(Record::Done { receipt });
+            append(&further)?;
+            recovered.jobs.push(over(&plan, &records, false, None));
+        }
+    }
+    Ok(())
+}
+
+/// A move that is over, as its journal tells.
+fn over(plan: &MovePlan, records: &[Record], cancelled: bool, failed: Option<String>) -> Job {
+    let receipt = records.iter().find_map(|r| match r {
+        Record::Done { receipt } => Some(receipt.clone()),
+        _ => None,
+    });
+    let receipt = receipt.unwrap_or_default();
+    let is_done = !cancelled && failed.is_none();
+    Job {
+        job: plan.job.clone(),
+        disks: vec![plan.disk.clone()],
+        state: if cancelled {
+            "cancelled"
+        } else if failed.is_some() {
+            "failed"
+        } else {
+            "done"
+        }
+        .into(),
+        source: vec![plan.source.to_string_lossy().into_owned()],
+        target: vec![plan.target.to_string_lossy().into_owned()],
+        bytes_total: receipt.bytes_total,
+        bytes_copied: receipt.bytes_copied,
+        bytes_mirrored: receipt.bytes_mirrored,
+        bytes_skipped_zero: receipt.bytes_skipped_zero,
+        bytes_verified: receipt.bytes_verified,
+        passes: receipt.passes,
+        verified: format!("{:?}", plan.verify).to_lowercase(),
+        source_deleted: is_done && !plan.keep_source && !plan.copy_only && !plan.source.exists(),
+        error: failed.map(|message| ErrorInfo { kind: "io".into(), message }),
+        ..Job::default()
+    }
+}

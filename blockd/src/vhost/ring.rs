@@ -1,0 +1,391 @@
+//! The device's side of a split virtqueue (virtio 1.3, section 2.7), with its three areas mapped once and used by
+//! raw pointers: no translation and no lock for each access.
+//!
+//! Everything in a ring is written by the guest and trusted in nothing: every index is checked, every chain is
+//! bounded. A ring that breaks the rules is an error that stops the ring, never a loop and never a panic.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering, fence};
+
+use super::memory::{GuestMemory, HostSlice};
+
+/// Largest queue that is accepted (virtio 1.3, section 2.7: at most 32768).
+pub const QUEUE_SIZE_MAX: u16 = 32768;
+/// Most descriptors of one chain, indirect ones included: as many as one system call takes, and the two that hold
+/// the request's header and status.
+pub const CHAIN_MAX: usize = 1024 + 2;
+
+const DESC_BYTES: u64 = 16;
+const F_NEXT: u16 = 1;
+const F_WRITE: u16 = 2;
+const F_INDIRECT: u16 = 4;
+/// VIRTQ_AVAIL_F_NO_INTERRUPT.
+const NO_INTERRUPT: u16 = 1;
+/// VIRTQ_USED_F_NO_NOTIFY.
+const NO_NOTIFY: u16 = 1;
+
+/// How a guest's ring can be broken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RingError {
+    /// The size is not a power of two up to [`QUEUE_SIZE_MAX`].
+    #[error("queue size {0} is not a power of two from 1 to {QUEUE_SIZE_MAX}")]
+    BadSize(u32),
+    /// An area is not within one region of guest memory, or not aligned.
+    #[error("the {0} of the ring is not within one region of guest memory, or not aligned")]
+    BadAddress(&'static str),
+    /// The driver made more available than the ring holds.
+    #[error("available index {avail} is more than {size} ahead of {next}")]
+    AvailJump {
+        /// The driver's index.
+        avail: u16,
+        /// What was taken so far.
+        next: u16,
+        /// The ring's size.
+        size: u16,
+    },
+    /// A descriptor index beyond the table.
+    #[error("descriptor index {0} is beyond its table")]
+    BadIndex(u32),
+    /// More descriptors than [`CHAIN_MAX`], or a loop.
+    #[error("a chain has more than {CHAIN_MAX} descriptors")]
+    ChainTooLong,
+    /// An indirect table within an indirect table, or with a NEXT flag on its descriptor.
+    #[error("an indirect descriptor where none may be")]
+    BadIndirect,
+    /// An indirect table whose length is 0 or no multiple of 16.
+    #[error("an indirect table of {0} bytes")]
+    BadIndirectLength(u32),
+    /// A table or buffer that is not guest memory.
+    #[error("guest address {0:#x} is not mapped")]
+    BadBuffer(u64),
+}
+
+/// Where the driver put the ring's areas, in the front end's virtual addresses.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RingAddresses {
+    /// Descriptor table.
+    pub desc: u64,
+    /// Available ring.
+    pub avail: u64,
+    /// Used ring.
+    pub used: u64,
+}
+
+/// One buffer of a chain.
+#[derive(Debug, Clone, Copy)]
+pub struct Buffer {
+    /// Guest physical address.
+    pub addr: u64,
+    /// Length in bytes; may be 0.
+    pub len: u32,
+    /// Whether the device writes it.
+    pub writable: bool,
+}
+
+/// A mapped ring.
+#[derive(Debug)]
+pub struct Ring {
+    #[expect(dead_code, reason = "keeps the areas mapped that the pointers are into")]
+    memory: Arc<GuestMemory>,
+    size: u16,
+    desc: *const u8,
+    avail: *const AtomicU16,
+    used: *const AtomicU16,
+    used_guest_addr: u64,
+    event_idx: bool,
+    next_avail: u16,
+    next_used: u16,
+    /// `next_used` when the driver was last told.
+    signalled_used: u16,
+    /// Whether the driver has never been told.
+    never_signalled: bool,
+}
+
+// SAFETY: the pointers are into shared mappings that `memory` keeps alive; one worker owns the ring at a time.
+unsafe impl Send for Ring {}
+
+/// A part of the used ring that was written, for the dirty log: guest address and length.
+pub type Written = (u64, u64);
+
+impl Ring {
+    /// Maps the ring. `next_avail` is where taking goes on; the used ring goes on where its index stands.
+    pub fn map(
+        memory: &Arc<GuestMemory>,
+        size: u32,
+        at: RingAddresses,
+        event_idx: bool,
+        next_avail: u16,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::map_areas(memory, size, at, event_idx)?;
+        ring.next_avail = next_avail;
+        ring.next_used = ring.used_idx().load(Ordering::Acquire);
+        ring.signalled_used = ring.next_used;
+        Ok(ring)
+    }
+
+    /// Maps the areas anew (memory or addresses have changed) and goes on with the same indices.
+    pub fn remap(&mut self, memory: &Arc<GuestMemory>, at: RingAddresses) -> Result<(), RingError> {
+        let mut ring = Self::map_areas(memory, u32::from(self.size), at, self.event_idx)?;
+        ring.next_avail = self.next_avail;
+        ring.next_used = self.next_used;
+        ring.signalled_used = self.signalled_used;
+        ring.never_signalled = self.never_signalled;
+        *self = ring;
+        Ok(())
+    }
+
+    fn map_areas(
+        memory: &Arc<GuestMemory>,
+        size: u32,
+        at: RingAddresses,
+        event_idx: bool,
+    ) -> Result<Self, RingError> {
+        if !size.is_power_of_two() || size > u32::from(QUEUE_SIZE_MAX) {
+            return Err(RingError::BadSize(size));
+        }
+        let n = u64::from(size);
+        let area = |what, addr: u64, len, align| -> Result<HostSlice, RingError> {
+            let slice = memory.by_user_addr(addr, len).ok_or(RingError::BadAddress(what))?;
+            if (slice.ptr as u64) % align == 0 { Ok(slice) } else { Err(RingError::BadAddress(what)) }
+        };
+        // The event index is read and written only where it was negotiated, but the areas always have room for it.
+        let desc = area("descriptor table", at.desc, n * DESC_BYTES, 16)?;
+        let avail = area("available ring", at.avail, 6 + 2 * n, 2)?;
+        let used = area("used ring", at.used, 6 + 8 * n, 4)?;
+        Ok(Self {
+            memory: memory.clone(),
+            size: size as u16,
+            desc: desc.ptr,
+            avail: avail.ptr.cast(),
+            used: used.ptr.cast(),
+            used_guest_addr: used.guest_addr,
+            event_idx,
+            next_avail: 0,
+            next_used: 0,
+            signalled_used: 0,
+            never_signalled: true,
+        })
+    }
+
+    /// The available ring's field at a multiple of two bytes: flags, idx, ring entries, used_event.
+    fn avail_at(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < 3 + usize::from(self.size));
+        // SAFETY: the area was checked to hold `3 + size` aligned u16; it is only used atomically.
+        unsafe { &*self.avail.add(index) }
+    }
+
+    /// The used ring's field at a multiple of two bytes: flags, idx, entries of four each, avail_event.
+    fn used_at(&self, index: usize) -> &AtomicU16 {
+        debug_assert!(index < 3 + 4 * usize::from(self.size));
+        // SAFETY: as above for `3 + 4 * size`.
+        unsafe { &*self.used.add(index) }
+    }
+
+    fn avail_idx(&self) -> &AtomicU16 {
+        self.avail_at(1)
+    }
+    fn used_event(&self) -> &AtomicU16 {
+        self.avail_at(2 + usize::from(self.size))
+    }
+    /// The used ring's index as the driver sees it.
+    pub fn used_idx(&self) -> &AtomicU16 {
+        self.used_at(1)
+    }
+    fn avail_event(&self) -> &AtomicU16 {
+        self.used_at(2 + 4 * usize::from(self.size))
+    }
+
+    /// Where taking goes on.
+    pub fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    /// Goes on elsewhere in the available ring.
+    pub fn set_next_avail(&mut self, next: u16) {
+        self.next_avail = next;
+    }
+
+    /// The ring's size.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// Takes the next head from the available ring.
+    pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        // Acquire: the ring entries and descriptors written before the index are seen.
+        let avail = self.avail_idx().load(Ordering::Acquire);
+        let ahead = avail.wrapping_sub(self.next_avail);
+        if ahead == 0 {
+            return Ok(None);
+        }
+        if ahead > self.size {
+            return Err(RingError::AvailJump { avail, next: self.next_avail, size: self.size });
+        }
+        let slot = usize::from(self.next_avail & (self.size - 1));
+        let head = self.avail_at(2 + slot).load(Ordering::Relaxed);
+        if head >= self.size {
+            return Err(RingError::BadIndex(u32::from(head)));
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
+        Ok(Some(head))
+    }
+
+    /// Whether something is available that was not taken.
+    pub fn has_available(&self) -> bool {
+        self.avail_idx().load(Ordering::Acquire) != self.next_avail
+    }
+
+    /// Appends the buffers of the chain that begins at `head`.
+    pub fn chain(&self, memory: &GuestMemory, head: u16, out: &mut Vec<Buffer>) -> Result<(), RingError> {
+        let mut table = Table { ptr: self.desc, len: u32::from(self.size), copy: Vec::new() };
+        let mut index = u32::from(head);
+        let mut indirect = false;
+        // Bounded by the number of descriptors that the tables can hold together: a loop ends here.
+        for _ in 0..=CHAIN_MAX {
+            let d = table.get(index)?;
+            if d.flags & F_INDIRECT != 0 {
+                if indirect || d.flags & F_NEXT != 0 {
+                    return Err(RingError::BadIndirect);
+                }
+                table = Table::indirect(memory, d)?;
+                indirect = true;
+                index = 0;
+                continue;
+            }
+            if out.len() >= CHAIN_MAX {
+                return Err(RingError::ChainTooLong);
+            }
+            out.push(Buffer { addr: d.addr, len: d.len, writable: d.flags & F_WRITE != 0 });
+            if d.flags & F_NEXT == 0 {
+                return Ok(());
+            }
+            index = u32::from(d.next);
+        }
+        Err(RingError::ChainTooLong)
+    }
+
+    /// Puts a completed chain on the used ring and publishes it. Returns the new index and what was written, in order.
+    pub fn push_used(&mut self, head: u16, written: u32) -> (u16, [Written; 2]) {
+        let slot = usize::from(self.next_used & (self.size - 1));
+        let entry = 2 + 4 * slot;
+        self.used_at(entry).store(head, Ordering::Relaxed);
+        self.used_at(entry + 1).store(0, Ordering::Relaxed);
+        self.used_at(entry + 2).store(written as u16, Ordering::Relaxed);
+        self.used_at(entry + 3).store((written >> 16) as u16, Ordering::Relaxed);
+        self.next_used = self.next_used.wrapping_add(1);
+        // Release: the entry, and all that the device wrote before, is seen by who sees the index.
+        self.used_idx().store(self.next_used, Ordering::Release);
+        (self.next_used, [(self.used_guest_addr + 4 + 8 * slot as u64, 8), (self.used_guest_addr + 2, 2)])
+    }
+
+    /// The used ring's part that `enable_kicks` and `disable_kicks` write.
+    pub fn event_written(&self) -> Written {
+        if self.event_idx {
+            (self.used_guest_addr + 4 + 8 * u64::from(self.size), 2)
+        } else {
+            (self.used_guest_addr, 2)
+        }
+    }
+
+    /// Whether the driver wants to be told of what was completed since it was told last.
+    pub fn needs_call(&mut self) -> bool {
+        // The used index must be visible before the driver's wish is read (virtio 1.3, section 2.7.10).
+        fence(Ordering::SeqCst);
+        if !self.event_idx {
+            let wants = self.avail_at(0).load(Ordering::Relaxed) & NO_INTERRUPT == 0;
+            return wants && std::mem::replace(&mut self.signalled_used, self.next_used) != self.next_used;
+        }
+        let (old, new) = (self.signalled_used, self.next_used);
+        if old == new {
+            return false;
+        }
+        let event = self.used_event().load(Ordering::Relaxed);
+        self.signalled_used = new;
+        let first = std::mem::replace(&mut self.never_signalled, false);
+        // vring_need_event of the specification: the event index lies within what was published since.
+        first || new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+    }
+
+    /// Asks the driver for a kick at the next available chain. Returns whether one became available meanwhile, in
+    /// which case the kick may never come.
+    #[must_use]
+    pub fn enable_kicks(&self) -> bool {
+        if self.event_idx {
+            self.avail_event().store(self.next_avail, Ordering::Relaxed);
+        } else {
+            self.used_at(0).store(0, Ordering::Relaxed);
+        }
+        fence(Ordering::SeqCst);
+        self.has_available()
+    }
+
+    /// Tells the driver that no kick is needed. With the event index nothing needs to be said: an index that lies
+    /// behind asks for none.
+    pub fn disable_kicks(&self) {
+        if !self.event_idx {
+            self.used_at(0).store(NO_NOTIFY, Ordering::Relaxed);
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+/// A descriptor table: the ring's own, or an indirect one, which is copied when it does not lie together.
+struct Table {
+    ptr: *const u8,
+    len: u32,
+    copy: Vec<u8>,
+}
+
+impl Table {
+    fn indirect(memory: &GuestMemory, d: Descriptor) -> Result<Self, RingError> {
+        if d.len == 0 || d.len % DESC_BYTES as u32 != 0 {
+            return Err(RingError::BadIndirectLength(d.len));
+        }
+        let len = d.len / DESC_BYTES as u32;
+        // A longer table cannot be used to its end anyway.
+        let used_bytes = u64::from(len).min(CHAIN_MAX as u64 + 1) * DESC_BYTES;
+        let mut first = None;
+        let mut copy = Vec::new();
+        let mapped = memory.for_each_slice(d.addr, used_bytes, |s| {
+            if s.len as u64 == used_bytes {
+                first = Some(s.ptr);
+            } else {
+                // SAFETY: the slice is mapped; the guest may change it meanwhile, which the copy tolerates.
+                unsafe {
+                    let at = copy.len();
+                    copy.resize(at + s.len, 0);
+                    std::ptr::copy_nonoverlapping(s.ptr, copy.as_mut_ptr().add(at), s.len);
+                }
+            }
+        });
+        if !mapped {
+            return Err(RingError::BadBuffer(d.addr));
+        }
+        let ptr = first.unwrap_or(copy.as_mut_ptr());
+        Ok(Self { ptr, len: len.min(CHAIN_MAX as u32 + 1), copy })
+    }
+
+    fn get(&self, index: u32) -> Result<Descriptor, RingError> {
+        debug_assert!(self.copy.is_empty() || self.ptr == self.copy.as_ptr());
+        if index >= self.len {
+            return Err(RingError::BadIndex(index));
+        }
+        // SAFETY: the table holds `len` descriptors of 16 bytes. The guest may change them at any time: each field is
+        // read once, and what was read is what is checked and used. Indirect tables need no alignment.
+        let raw: [u8; 16] = unsafe { self.ptr.add(index as usize * 16).cast::<[u8; 16]>().read_volatile() };
+        let word = u64::from_le_bytes(raw[8..].try_into().unwrap_or_default());
+        Ok(Descriptor {
+            addr: u64::from_le_bytes(raw[..8].try_into().unwrap_or_default()),
+            len: word as u32,
+            flags: (word >> 32) as u16,
+            next: (word >> 48) as u16,
+        })
+    }
+}

@@ -1,0 +1,334 @@
+//! From a request to submissions.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use formats::{ImageError, ZeroMode};
+use io_uring::{opcode, types};
+use libc::iovec;
+use mirror::{Event, Side, WriteKind, WriteTo};
+
+use super::request::{self, Refusal};
+use super::slot::{Op, Part, PartOp, Slot, Stage};
+use super::{KIND_PART, Worker, iov};
+use crate::disk::handle::ImageHandle;
+use crate::disk::route::Route;
+use crate::mover::shared::{MoveShared, WriteWord, parse_write_id, write_id};
+
+/// VIRTIO_BLK_S_OK, _IOERR, _UNSUPP.
+pub(super) const STATUS_OK: u8 = 0;
+pub(super) const STATUS_IOERR: u8 = 1;
+pub(super) const STATUS_UNSUPP: u8 = 2;
+
+/// Most buffers of one read or write call.
+const IOV_MAX: usize = 1024;
+
+impl Worker {
+    /// Takes a chain, carries out what can be done at once, and submits the rest.
+    pub(super) fn take_request(&mut self, queue: usize, head: u16) {
+        let started = Instant::now();
+        let Ok(memory) = self.read_chain(queue, head) else {
+            if let Some(q) = self.queues[queue].as_mut() {
+                q.in_flight -= 1;
+            }
+            return;
+        };
+        let (index, mut slot) = self.take_slot();
+        (slot.queue, slot.head, slot.started) = (queue, head, started);
+        let parsed = request::parse(&memory, &self.buffers, &self.disk.limits, &mut slot);
+        slot.memory = Some(memory);
+        match parsed {
+            Ok(()) => self.execute(index, slot),
+            Err(refusal) => {
+                let status = match refusal {
+                    Refusal::Unsupported => STATUS_UNSUPP,
+                    Refusal::IoError(why) => {
+                        tracing::debug!(disk = self.disk.id, "request refused: {why}");
+                        STATUS_IOERR
+                    }
+                    Refusal::NoStatus => STATUS_IOERR,
+                };
+                slot.written = slot.written.min(1);
+                slot.log_ranges.clear();
+                self.complete(index, slot, status);
+            }
+        }
+    }
+
+    fn execute(&mut self, index: u32, mut slot: Box<Slot>) {
+        if slot.op == Op::GetId {
+            let serial = self.disk.serial();
+            request::copy_out(&serial, &slot.iov);
+            return self.complete(index, slot, STATUS_OK);
+        }
+        // Before the route and any map is looked at.
+        slot.entry = Some(self.shard.enter());
+        let route = self.current_route();
+        slot.route = Some(route.clone());
+        if slot.op.is_change() && slot.span.len == 0 {
+            return self.complete(index, slot, STATUS_OK);
+        }
+        match (&**route, slot.op) {
+            (_, Op::Read) => self.start_read(index, slot, &route),
+            (_, Op::Flush) => self.start_flush(index, slot, &route),
+            (Route::Mirrored { moving, .. }, _) => self.ask_to_write(index, slot, moving),
+            _ => self.start_write(index, slot, WriteTo::SourceOnly),
+        }
+    }
+
+    // --- reads and flushes -------------------------------------------------------------------------------------------
+
+    fn start_read(&mut self, index: u32, mut slot: Box<Slot>, route: &Rc<Arc<Route>>) {
+        let image = route.source().clone();
+        self.pieces.clear();
+        if let Err(e) = image.image().map_read(slot.span, &mut self.pieces) {
+            return self.refuse(index, slot, &e);
+        }
+        self.bounce_if_needed(&mut slot, &[&image]);
+        let mut at = 0;
+        let data = slot.data_iov();
+        for piece in self.pieces.iter() {
+            match image.file_of(piece) {
+                None => iov::zero(&data, at, piece.len),
+                Some((file, offset)) => {
+                    let part = Part {
+                        op: PartOp::Read,
+                        side: Side::Source,
+                        fd: file.fd(),
+                        offset,
+                        len: piece.len,
+                        iov: (0, 0),
+                        retries: 0,
+                    };
+                    slot.add_part(part, &data, at);
+                }
+            }
+            at += piece.len;
+        }
+        self.run_parts(index, slot);
+    }
+
+    fn start_flush(&mut self, index: u32, mut slot: Box<Slot>, route: &Rc<Arc<Route>>) {
+        if self.disk.limits.read_only {
+            return self.complete(index, slot, STATUS_OK);
+        }
+        let both = matches!(&***route, Route::Mirrored { moving, .. } if moving.flushes_both());
+        self.add_syncs(&mut slot, route, both);
+        self.run_parts(index, slot);
+    }
+
+    /// One sync of each image that has to be durable.
+    pub(super) fn add_syncs(&mut self, slot: &mut Slot, route: &Route, both: bool) {
+        slot.stage = Stage::Syncing;
+        let sides = [(Side::Source, Some(route.source())), (Side::Target, route.target().filter(|_| both))];
+        for (side, image) in sides {
+            let Some(image) = image else { continue };
+            slot.tokens[side as usize] = Some(image.image().sync_begin());
+            let fd = image.top().fd();
+            slot.parts.push(Part { op: PartOp::Sync, side, fd, offset: 0, len: 0, iov: (0, 0), retries: 0 });
+        }
+    }
+
+    // --- changes -----------------------------------------------------------------------------------------------------
+
+    /// Where writes are mirrored, the move decides when a write may go, and where.
+    fn ask_to_write(&mut self, index: u32, mut slot: Box<Slot>, moving: &Arc<MoveShared>) {
+        let kind = match slot.op {
+            Op::Discard => WriteKind::Discard,
+            Op::WriteZeroes { .. } => WriteKind::Zeroes,
+            _ => WriteKind::Write,
+        };
+        let event = Event::WriteBegin {
+            id: write_id(self.index, index),
+            offset: slot.span.offset,
+            len: slot.span.len,
+            kind,
+        };
+        slot.stage = Stage::Waiting;
+        self.slots[index as usize] = Some(slot);
+        moving.apply_from(Some(self.index), event, &mut self.words);
+    }
+
+    /// Does what moves have said about own writes.
+    pub(super) fn follow_words(&mut self) -> bool {
+        let mut any = false;
+        while let Some(word) = (!self.words.is_empty()).then(|| self.words.remove(0)) {
+            any = true;
+            match word {
+                WriteWord::Start(id, to) => {
+                    let (index, slot) = self.slot_of(id, Stage::Waiting);
+                    self.start_write(index, slot, to);
+                }
+                WriteWord::Complete(id, side) => {
+                    let (index, slot) = self.slot_of(id, Stage::Ended);
+                    let failed = match side {
+                        Side::Source => &slot.source_error,
+                        Side::Target => &slot.target_error,
+                    };
+                    let status = if failed.is_some() { STATUS_IOERR } else { STATUS_OK };
+                    self.complete(index, slot, status);
+                }
+            }
+        }
+        any
+    }
+
+    fn slot_of(&mut self, id: u64, stage: Stage) -> (u32, Box<Slot>) {
+        let (_, index) = parse_write_id(id);
+        let slot = self.slots[index as usize].take().expect("the move speaks of writes in flight only");
+        assert_eq!(slot.stage, stage, "the move spoke of a write out of turn");
+        (index, slot)
+    }
+
+    fn start_write(&mut self, index: u32, mut slot: Box<Slot>, to: WriteTo) {
+        slot.stage = Stage::Running;
+        let route = slot.route.clone().expect("set when the request was taken");
+        let target = route.target().filter(|_| to == WriteTo::Both);
+        slot.to_target = target.is_some();
+        let images: Vec<(Side, &Arc<ImageHandle>)> = std::iter::once((Side::Source, route.source()))
+            .chain(target.map(|t| (Side::Target, t)))
+            .collect();
+        if slot.op == Op::Write {
+            if to == WriteTo::Both {
+                // The guest may change its buffer between the two writes; both disks must get the same bytes.
+                self.bounce(&mut slot);
+            } else {
+                self.bounce_if_needed(&mut slot, &[route.source()]);
+            }
+            if slot.bounce.is_some() {
+                let buffer = slot.bounce.as_mut().expect("just made");
+                iov::gather(&slot.iov, buffer);
+            }
+        }
+        for (side, image) in images {
+            if let Err(e) = self.map_change(&mut slot, side, image) {
+                tracing::warn!(disk = self.disk.id, "write at {}: {e}", slot.span.offset);
+                slot.fail(side, || e.to_string());
+            }
+            if image.image().wants_maintenance() {
+                self.disk.wake_maintenance();
+            }
+        }
+        self.run_parts(index, slot);
+    }
+
+    fn map_change(&mut self, slot: &mut Slot, side: Side, image: &ImageHandle) -> Result<(), ImageError> {
+        self.pieces.clear();
+        let (op, mapped) = match slot.op {
+            Op::Write => (PartOp::Write, image.image().map_write(slot.span, &mut self.pieces)),
+            Op::WriteZeroes { unmap: false } => (
+                PartOp::Zero { keep: true },
+                image.image().map_zero(slot.span, ZeroMode::Keep, &mut self.pieces),
+            ),
+            _ => (
+                PartOp::Zero { keep: false },
+                image.image().map_zero(slot.span, ZeroMode::Unmap, &mut self.pieces),
+            ),
+        };
+        mapped?;
+        let data = slot.data_iov();
+        let mut at = 0;
+        for piece in self.pieces.iter() {
+            if let Some((file, offset)) = image.file_of(piece) {
+                let part = Part { op, side, fd: file.fd(), offset, len: piece.len, iov: (0, 0), retries: 0 };
+                slot.add_part(part, &data, at);
+            }
+            at += piece.len;
+        }
+        Ok(())
+    }
+
+    fn refuse(&mut self, index: u32, mut slot: Box<Slot>, error: &ImageError) {
+        tracing::warn!(disk = self.disk.id, "request at {}: {error}", slot.span.offset);
+        slot.written = 1;
+        self.complete(index, slot, STATUS_IOERR);
+    }
+
+    // --- bouncing ----------------------------------------------------------------------------------------------------
+
+    fn bounce_if_needed(&mut self, slot: &mut Slot, images: &[&Arc<ImageHandle>]) {
+        let align = images.iter().map(|i| i.memory_align()).max().unwrap_or(1);
+        if slot.iov.len() > IOV_MAX || !iov::is_aligned(&slot.iov, align) {
+            self.bounce(slot);
+        }
+    }
+
+    fn bounce(&mut self, slot: &mut Slot) {
+        if slot.bounce.is_none() {
+            slot.bounce = Some(self.pool.take(iov::total(&slot.iov) as usize));
+        }
+    }
+
+    // --- submissions -------------------------------------------------------------------------------------------------
+
+    /// Submits all parts, or ends the request when there are none.
+    pub(super) fn run_parts(&mut self, index: u32, mut slot: Box<Slot>) {
+        slot.pending = slot.parts.len();
+        if slot.pending == 0 {
+            return self.parts_done(index, slot);
+        }
+        if slot.stage != Stage::Syncing {
+            slot.stage = Stage::Running;
+        }
+        let count = slot.parts.len();
+        self.slots[index as usize] = Some(slot);
+        for part in 0..count {
+            self.submit_part(index, part);
+        }
+    }
+
+    pub(super) fn submit_part(&mut self, index: u32, part: usize) {
+        let slot =
+            self.slots[index as usize].as_ref().expect("a request with parts under way is in its slot");
+        let Part { op, fd, offset, len, iov: (first, end), .. } = slot.parts[part];
+        let fd = types::Fd(fd);
+        let buffers = &slot.part_iov[first..end];
+        let entry = match op {
+            PartOp::Read if buffers.len() == 1 => {
+                opcode::Read::new(fd, buffers[0].iov_base.cast(), buffers[0].iov_len as u32)
+                    .offset(offset)
+                    .build()
+            }
+            PartOp::Write if buffers.len() == 1 => {
+                opcode::Write::new(fd, buffers[0].iov_base.cast(), buffers[0].iov_len as u32)
+                    .offset(offset)
+                    .build()
+            }
+            PartOp::Read => {
+                opcode::Readv::new(fd, buffers.as_ptr(), buffers.len() as u32).offset(offset).build()
+            }
+            PartOp::Write => {
+                opcode::Writev::new(fd, buffers.as_ptr(), buffers.len() as u32).offset(offset).build()
+            }
+            PartOp::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+            PartOp::Zero { keep } => {
+                let how = if keep { libc::FALLOC_FL_ZERO_RANGE } else { libc::FALLOC_FL_PUNCH_HOLE };
+                opcode::Fallocate::new(fd, len).offset(offset).mode(how | libc::FALLOC_FL_KEEP_SIZE).build()
+            }
+        };
+        self.push(entry.user_data(KIND_PART | u64::from(index) << 32 | part as u64));
+    }
+}
+
+impl Slot {
+    /// The buffers that I/O uses: the guest's, or the one that stands in for them.
+    pub(super) fn data_iov(&self) -> Vec<iovec> {
+        match &self.bounce {
+            None => self.iov.clone(),
+            Some(b) => {
+                vec![iovec { iov_base: b.as_ptr().cast(), iov_len: iov::total(&self.iov) as usize }]
+            }
+        }
+    }
+
+    /// Adds a part whose data is what `data` holds from byte `at` on.
+    pub(super) fn add_part(&mut self, mut part: Part, data: &[iovec], at: u64) {
+        if matches!(part.op, PartOp::Read | PartOp::Write) {
+            let first = self.part_iov.len();
+            iov::slice(data, at, part.len, &mut self.part_iov);
+            part.iov = (first, self.part_iov.len());
+        }
+        self.parts.push(part);
+    }
+}
