@@ -4,16 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use blockd_api::{AttachRequest, DiskInfo, LatencyInfo, Percentiles};
+use blockd_api::{AttachRequest, DiskInfo, LatencyInfo};
 
 use super::error::{DaemonError, Kind};
 use super::state::DiskRecord;
 use super::{Daemon, lock, names};
 use crate::disk::{Disk, DiskEvent, DiskEvents, DiskSpec};
-use crate::histogram::Snapshot;
 
 /// How long a detach waits for a front end that has just let go.
 const DISCONNECT_GRACE: Duration = Duration::from_secs(2);
+
+/// How long a detach waits for those who just look at the disk, or note the end of its move.
+const RELEASE_GRACE: Duration = Duration::from_secs(2);
 
 /// A disk, as far as the daemon has got with it.
 #[derive(Debug)]
@@ -122,10 +124,7 @@ impl Served {
             read_bytes: stats.read_bytes,
             written_bytes: stats.written_bytes,
             errors: stats.errors,
-            latency_us: LatencyInfo {
-                read: percentiles(&stats.read_latency),
-                write: percentiles(&stats.write_latency),
-            },
+            latency_us: stats.latency_us(),
         }
     }
 }
@@ -245,7 +244,11 @@ impl Daemon {
         }
         self.settle_job_of(id);
         let stopped = match self.take_for_detach(id, force)? {
-            Slot::Served(served) => served.disk.stop().map_err(|e| (Some(lock(&served.record).clone()), e)),
+            Slot::Served(served) => {
+                let stopped = served.disk.stop().map_err(|e| (Some(lock(&served.record).clone()), e));
+                wait_until_released(served);
+                stopped
+            }
             _ => Ok(()),
         };
         if let Err((record, e)) = stopped {
@@ -261,7 +264,6 @@ impl Daemon {
             None,
             if force { "detached by force" } else { "detached" },
         );
-        tracing::info!(disk = id, force, "detached");
         forgotten.map_err(|e| {
             DaemonError::io(
                 format!(
@@ -316,9 +318,9 @@ impl Daemon {
             }
         };
         self.disks().insert(id.clone(), Slot::Served(served.clone()));
-        let image = served.disk.image_path();
-        tracing::info!(disk = id, image = %image.display(), socket = %record.spec.socket.display(), "served");
-        self.events.push("disk-attached", Some(id), None, format!("{} is served", image.display()));
+        let (image, socket) = (served.disk.image_path(), record.spec.socket.display());
+        let message = format!("{} is served on {socket}", image.display());
+        self.events.push("disk-attached", Some(id), None, message);
         Ok(served)
     }
 
@@ -349,6 +351,7 @@ impl Daemon {
 
     fn disk_events(&self, id: &str) -> DiskEvents {
         let (events, id) = (self.events.clone(), id.to_owned());
+        // Called from the threads that serve guests, so nothing is written to the log here: whoever reads that may stall.
         Arc::new(move |event| {
             let (kind, message) = match event {
                 DiskEvent::Connected => {
@@ -357,18 +360,12 @@ impl Daemon {
                 DiskEvent::Disconnected => ("disk-disconnected", "the front end is gone".to_owned()),
                 DiskEvent::Failed(why) => ("disk-failed", why),
             };
-            if kind == "disk-failed" {
-                tracing::error!(disk = id, message, "the disk has failed");
-            } else {
-                tracing::info!(disk = id, kind, "{message}");
-            }
             events.push(kind, Some(&id), None, message);
         })
     }
 
     /// Lists a disk that can't be served, with the reason.
     pub(super) fn list_as_broken(&self, id: &str, record: Option<DiskRecord>, e: DaemonError) {
-        tracing::error!(disk = id, error = e.message, "the disk can't be served");
         self.events.push("disk-failed", Some(id), None, e.message.clone());
         self.disks().insert(id.to_owned(), Slot::Broken(Broken { record, why: e.message }));
     }
@@ -464,6 +461,15 @@ impl Daemon {
     }
 }
 
+/// Waits until nobody else looks at a disk that was stopped: until then its image stays open and locked, and whoever
+/// takes it next would be refused.
+fn wait_until_released(served: Arc<Served>) {
+    let give_up = Instant::now() + RELEASE_GRACE;
+    while Arc::strong_count(&served) + Arc::strong_count(&served.disk) > 2 && Instant::now() < give_up {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// What a slot holds whose disk was not served.
 fn placeholder(id: &str) -> DiskSpec {
     DiskSpec {
@@ -519,13 +525,4 @@ fn busy(id: &str, what: &str) -> DaemonError {
 
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
-}
-
-fn percentiles(latency: &Snapshot) -> Percentiles {
-    Percentiles {
-        p50: latency.quantile_us(0.5),
-        p99: latency.quantile_us(0.99),
-        p999: latency.quantile_us(0.999),
-        max: latency.max_ns as f64 / 1000.0,
-    }
 }

@@ -429,7 +429,6 @@ fn tell_changes(events: Arc<Events>, disk: String) -> impl Fn(&Job) + Send + Syn
         };
         let mut last = lock(&last);
         if *last != message {
-            tracing::info!(job = job.job, disk, "{message}");
             events.push("job-state", Some(&disk), Some(&job.job), message.clone());
             *last = message;
         }

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use blockd_api::Event;
 use nix::sys::stat::{Mode, fchmod};
 use tokio::net::{UnixListener, UnixSocket};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -14,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::config::{Config, LogFormat};
 use super::error::{DaemonError, Kind};
+use super::events::Events;
 use super::state::StateDir;
 use super::{Daemon, api, system};
 
@@ -55,11 +57,27 @@ async fn serve(config: Config) -> Result<(), DaemonError> {
         name = signals.next() => Err(DaemonError::new(Kind::State, format!("{name} while the disks were coming up"))),
     };
     let daemon = daemon.inspect_err(|_| remove_socket(&api))?;
+    let logging = tokio::spawn(log_events(daemon.events().clone()));
     tracing::info!(api = %api.display(), state = %state_dir.display(), version = env!("CARGO_PKG_VERSION"), "ready");
     system::tell_ready();
     let ended = until_told(daemon, listener, &mut signals).await;
     remove_socket(&api);
+    let _ = logging.await;
     ended
+}
+
+/// Writes events to the log, away from the threads that push them.
+async fn log_events(events: Arc<Events>) {
+    let mut follower = events.follow();
+    while let Some(batch) = follower.next(&events).await {
+        for Event { kind, disk, job, message, .. } in batch {
+            if kind == "disk-failed" {
+                tracing::error!(disk, job, "{kind}: {message}");
+            } else {
+                tracing::info!(disk, job, "{kind}: {message}");
+            }
+        }
+    }
 }
 
 /// Answers requests until a signal comes; then ends everything, in time.
