@@ -19,6 +19,18 @@ pub enum Corruption {
         /// Size of the file.
         file_len: u64,
     },
+    /// A footer with a bad checksum, and no valid copy of it.
+    #[error(
+        "footer at {offset}: checksum is {stored:#010x}, computed {computed:#010x}, and there is no valid copy at 0"
+    )]
+    FooterChecksum {
+        /// Where the footer is.
+        offset: u64,
+        /// What it says.
+        stored: u32,
+        /// What its bytes give.
+        computed: u32,
+    },
     /// A footer of another major version.
     #[error("footer at {offset}: version {version:#010x}, only 1.x (0x0001xxxx) is known")]
     FooterVersion {
@@ -219,6 +231,7 @@ impl Corruption {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::FooterMissing { .. } => "vhd-footer-missing",
+            Self::FooterChecksum { .. } => "vhd-footer-checksum",
             Self::FooterVersion { .. } => "vhd-footer-version",
             Self::DiskType { .. } => "vhd-disk-type",
             Self::SizeZero => "vhd-size-zero",
@@ -250,7 +263,9 @@ impl Corruption {
     pub const fn place(&self) -> (&'static str, Option<u64>) {
         match self {
             Self::FooterMissing { .. } => ("footer", None),
-            Self::FooterVersion { offset, .. } | Self::DiskType { offset, .. } => ("footer", Some(*offset)),
+            Self::FooterChecksum { offset, .. }
+            | Self::FooterVersion { offset, .. }
+            | Self::DiskType { offset, .. } => ("footer", Some(*offset)),
             Self::SizeZero | Self::SizeUnaligned { .. } | Self::SizeTooLarge { .. } => ("footer", None),
             Self::FixedTooShort { .. } => ("footer", None),
             Self::HeaderUnaligned { offset }

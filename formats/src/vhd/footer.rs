@@ -46,6 +46,11 @@ impl Footer {
         (stored == checksum(&raw, CHECKSUM_AT) || footer.is_hidden_by_tapdisk(stored)).then_some(footer)
     }
 
+    /// Stored and computed checksum of bytes that have a footer's cookie, but are none.
+    pub(super) fn bad_checksum(raw: &[u8; FOOTER_LEN as usize]) -> Option<(u32, u32)> {
+        (&raw[..8] == COOKIE).then(|| (u32_at(raw, CHECKSUM_AT), checksum(raw, CHECKSUM_AT)))
+    }
+
     /// Early versions of blktap marked a footer as hidden without renewing its checksum.
     fn is_hidden_by_tapdisk(&self, stored: u32) -> bool {
         if self.creator() != *b"tap\0" || !matches!(self.creator_version(), 0x0000_0001 | 0x0001_0001) {

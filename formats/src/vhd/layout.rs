@@ -83,7 +83,21 @@ pub(super) fn find_footer(storage: &dyn Storage) -> Result<Found, Fault> {
             return Ok(Found { footer, disk_type, at: None, copy: CopyState::Same, file_len });
         }
     }
-    Err(Corruption::FooterMissing { file_len }.into())
+    Err(no_footer(storage, file_len)?.into())
+}
+
+/// Tells a footer that is damaged from a file that has none.
+fn no_footer(storage: &dyn Storage, file_len: u64) -> Result<Corruption, Fault> {
+    if let Some(offset) = file_len.checked_sub(FOOTER_LEN) {
+        let mut raw = [0; FOOTER_LEN as usize];
+        storage
+            .read_at(&mut raw, offset)
+            .map_err(|e| ImageError::io(format!("reading the footer at {offset}"), e))?;
+        if let Some((stored, computed)) = Footer::bad_checksum(&raw) {
+            return Ok(Corruption::FooterChecksum { offset, stored, computed });
+        }
+    }
+    Ok(Corruption::FooterMissing { file_len })
 }
 
 /// The footer in the last 512 bytes, or in the last 511 where the file's size says that it may be so short.
