@@ -229,14 +229,10 @@ pub(super) fn read_body(
         Structure { name: "dynamic header", offset: header_at, end: header_at + HEADER_LEN },
         Structure { name: "block table", offset, end: table_end },
     ];
-    let mut parent_paths = Vec::new();
-    if found.disk_type == DiskType::Differencing {
-        for locator in &header.locators {
-            structures.push(locator_range(locator, limit)?);
-            if locator.is_utf16() {
-                parent_paths.push(locator_path(storage, locator)?);
-            }
-        }
+    // The fields mean something in a differencing disk only.
+    let locators = if found.disk_type == DiskType::Differencing { &header.locators[..] } else { &[] };
+    for locator in locators {
+        structures.push(locator_range(locator, limit)?);
     }
     structures.retain(|s| s.offset < s.end);
     structures.sort_by_key(|s| s.offset);
@@ -247,6 +243,8 @@ pub(super) fn read_body(
         }
     }
 
+    let paths = locators.iter().filter(|l| l.is_utf16()).map(|l| locator_path(storage, l));
+    let parent_paths = paths.collect::<Result<Vec<_>, _>>()?;
     let mut table = read_table(storage, &header)?;
     let blocks_end = validate_blocks(&table, &shape, &structures, limit, faults);
     let surplus = table[shape.blocks as usize..].iter().filter(|&&e| e != ABSENT).count() as u64;
