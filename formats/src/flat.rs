@@ -30,7 +30,8 @@ pub(crate) fn check_writable(read_only: bool) -> Result<(), ImageError> {
 }
 
 /// Whether the file holds data at `offset`, and for how many bytes that goes on, at most `len` (which is not 0).
-/// Edges are rounded to 512 bytes from `offset` on, towards more data.
+/// Edges are rounded to 512 bytes from `offset` on, towards more data. What should be in the file and lies beyond its end
+/// (somebody has cut it) is data too, so that nobody takes what is lost for zeroes: reading it fails.
 pub(crate) fn state_in_file(
     storage: &dyn Storage,
     offset: u64,
@@ -38,15 +39,18 @@ pub(crate) fn state_in_file(
 ) -> Result<(AllocState, u64), ImageError> {
     const GRID: u64 = 512;
     let failed = |e| ImageError::io(format!("looking for holes of the file at {offset}"), e);
-    let Some((start, end)) = storage.next_data(offset).map_err(failed)? else {
-        return Ok((AllocState::Zero, len));
+    let data = storage.next_data(offset).map_err(failed)?;
+    let hole_end = match data {
+        Some((start, _)) => start,
+        None => storage.len().map_err(failed)?,
     };
-    let hole = (start.saturating_sub(offset) / GRID * GRID).min(len);
+    let hole = (hole_end.saturating_sub(offset) / GRID * GRID).min(len);
     if hole > 0 {
         return Ok((AllocState::Zero, hole));
     }
-    let data = end.saturating_sub(offset).div_ceil(GRID).max(1).saturating_mul(GRID);
-    Ok((AllocState::Data, data.min(len)))
+    let data_end = data.map_or(u64::MAX, |(_, end)| end);
+    let run = data_end.saturating_sub(offset).div_ceil(GRID).max(1).saturating_mul(GRID);
+    Ok((AllocState::Data, run.min(len)))
 }
 
 /// The map of such a disk.

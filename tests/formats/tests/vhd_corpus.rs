@@ -1,4 +1,5 @@
 //! Real and hostile VHDs of the corpus: `BLOCKD_CORPUS` names its folder, whose README says what is in it.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
 use std::io::Read;
 use std::path::{Path, PathBuf};

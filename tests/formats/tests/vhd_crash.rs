@@ -1,4 +1,5 @@
 //! Every crash state of a dynamic VHD opens, is sound, and holds for each sector the old content or the new.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
 use std::sync::Arc;
 

@@ -1,4 +1,5 @@
 //! A dynamic or fixed VHD does what a flat array of bytes does, whoever uses it and whatever fails.
+#![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
 use std::io;
 use std::sync::Arc;
