@@ -79,7 +79,7 @@ pub struct Machine {
     step_backoff: Backoff,
     is_source_deleted: bool,
     /// On the way back: nothing uses the target any more.
-    is_discarding: bool,
+    has_left_target: bool,
 
     pace: Pace,
     /// When the bandwidth limit allows more.
@@ -192,7 +192,7 @@ impl Machine {
             again: None,
             step_backoff: Backoff::default(),
             is_source_deleted: false,
-            is_discarding: false,
+            has_left_target: false,
             pace: Pace::new(config.bandwidth),
             pace_at: None,
             wake_at: None,

@@ -151,6 +151,10 @@ impl Machine {
                 }
             }
             Record::SourceDeleted => self.ask_done(now, actions),
+            Record::Cancelled | Record::Failed { .. } if self.is_given_up_late() => {
+                self.step_backoff.reset();
+                actions.push(Action::DiscardTarget);
+            }
             Record::Done { .. } | Record::Cancelled | Record::Failed { .. } => self.end(),
         }
     }

@@ -54,7 +54,7 @@ impl Machine {
     pub(super) fn begin_unwinding(&mut self, outcome: Outcome, actions: &mut Vec<Action>) {
         assert!(self.decision == Decision::Open || self.config.copy_only, "a commit is not undone");
         self.stage = Stage::Unwinding(outcome);
-        self.is_discarding = false;
+        self.has_left_target = false;
         self.records_wanted.clear();
         self.again = None;
         self.step_backoff.reset();
@@ -73,8 +73,16 @@ impl Machine {
             && self.scan != Scan::Asked
             && !matches!(self.flush, Flush::InFlight { .. })
             && self.record.is_none();
-        if is_quiet && !self.is_discarding {
-            self.is_discarding = true;
+        if !is_quiet || self.has_left_target {
+            return;
+        }
+        self.has_left_target = true;
+        if self.is_given_up_late() {
+            // The journal says that the copy is complete: it has to say otherwise before the copy is gone.
+            if let Stage::Unwinding(outcome) = &self.stage {
+                self.ask_record(outcome.record(), actions);
+            }
+        } else {
             actions.push(Action::DiscardTarget);
         }
     }
@@ -96,7 +104,16 @@ impl Machine {
             }
         }
         self.step_backoff.reset();
-        self.ask_record(record, actions);
+        if self.is_given_up_late() {
+            self.end();
+        } else {
+            self.ask_record(record, actions);
+        }
+    }
+
+    /// A copy that was recorded as complete and could not be finished.
+    pub(super) fn is_given_up_late(&self) -> bool {
+        matches!(self.stage, Stage::Unwinding(_)) && self.decision != Decision::Open
     }
 
     /// Nothing more will be done.

@@ -1,8 +1,8 @@
 //! One history: a seed's configuration, its steps, its checks.
 
 use mirror::{
-    Action, Config, Event, ExtentRange, JobState, Machine, MirrorMode, OnTargetError, Plan, RoaringBitmap, Record,
-    Recovery, Route, SwitchMode, Tick, Verify,
+    Action, Config, Event, ExtentRange, JobState, Machine, MirrorMode, OnTargetError, Plan, Record, Recovery,
+    RoaringBitmap, Route, SwitchMode, Tick, Verify,
 };
 
 use crate::dice::Dice;
@@ -119,6 +119,16 @@ enum End {
     Died,
 }
 
+/// When the daemon is killed.
+#[derive(Debug, Clone, Copy)]
+enum Death {
+    Never,
+    /// At this step.
+    At(u32),
+    /// So many steps after the record was asked for from which there is no way back.
+    AfterDecision(u32),
+}
+
 /// Everything outside the machine, and the machine.
 pub(crate) struct Sim {
     pub(crate) dice: Dice,
@@ -158,6 +168,12 @@ pub(crate) struct Sim {
     pub(crate) is_scanned: bool,
     pub(crate) is_corrupted: bool,
     pub(crate) is_commit_asked: bool,
+    /// The step at which the commit's (or completed copy's) record was asked for.
+    decision_asked_at: Option<u32>,
+    /// Somebody paused the move, and nobody has resumed it.
+    is_paused: bool,
+    /// The guest was told that a flush failed, by what is now its disk: later flushes can't mend that.
+    pub(crate) is_loss_told: bool,
     pub(crate) is_commit_durable: bool,
     pub(crate) is_finish_recorded: bool,
     pub(crate) is_finished: bool,
@@ -182,15 +198,20 @@ pub fn run(seed: u64, is_tracing: bool) -> Tally {
         sim.faults.corrupt = 0;
     }
     let calm_at = sim.dice.within(20, 900);
-    let dies_at = sim.dice.one_in(3).then(|| sim.dice.within(1, 700));
-    let end = sim.run_move(calm_at, dies_at);
+    let death = match sim.dice.below(6) {
+        0 => Death::At(sim.dice.within(1, 700)),
+        1 => Death::At(sim.dice.within(1, 150)),
+        2 => Death::AfterDecision(sim.dice.within(0, 40)),
+        _ => Death::Never,
+    };
+    let end = sim.run_move(calm_at, death);
     let is_again = match end {
         End::Ended(state) => sim.check_end(&state),
         End::Died => sim.die_and_recover(),
     };
     if is_again {
         sim.next_move();
-        match sim.run_move(0, None) {
+        match sim.run_move(0, Death::Never) {
             End::Ended(JobState::Done) => sim.check_end(&JobState::Done),
             End::Ended(state) => panic!("without a fault the second move ended as {state:?}"),
             End::Died => unreachable!("the second move is not killed"),
@@ -214,8 +235,12 @@ fn chosen_config(dice: &mut Dice) -> Config {
         verify: [Verify::None, Verify::Sample, Verify::Full, Verify::Full][dice.below(4) as usize],
         copy_only: dice.one_in(5),
         keep_source: dice.one_in(4),
-        on_target_error: [OnTargetError::Pause, OnTargetError::Retry, OnTargetError::Retry, OnTargetError::Abort]
-            [dice.below(4) as usize],
+        on_target_error: [
+            OnTargetError::Pause,
+            OnTargetError::Retry,
+            OnTargetError::Retry,
+            OnTargetError::Abort,
+        ][dice.below(4) as usize],
         bandwidth: dice.one_in(4).then(|| u64::from(dice.within(500_000, 20_000_000))),
         copies_in_flight_max: dice.within(1, 4),
         copy_bytes_max: extent_size * u64::from(dice.within(1, 6)),
@@ -267,6 +292,9 @@ impl Sim {
             is_scanned: false,
             is_corrupted: false,
             is_commit_asked: false,
+            decision_asked_at: None,
+            is_paused: false,
+            is_loss_told: false,
             is_commit_durable: false,
             is_finish_recorded: false,
             is_finished: false,
@@ -285,7 +313,7 @@ impl Sim {
     }
 
     /// One move, from its start to its end or the daemon's.
-    fn run_move(&mut self, calm_at: u32, dies_at: Option<u32>) -> End {
+    fn run_move(&mut self, calm_at: u32, death: Death) -> End {
         let first_step = self.steps;
         let starts_at = self.dice.below(20);
         let cancels_at = (calm_at > 0 && self.dice.one_in(6)).then(|| self.dice.below(calm_at));
@@ -295,7 +323,12 @@ impl Sim {
             let step = self.steps - first_step;
             self.steps += 1;
             self.tally.steps += 1;
-            if dies_at == Some(step) {
+            let dies_at = match death {
+                Death::Never => None,
+                Death::At(step) => Some(step + first_step),
+                Death::AfterDecision(steps) => self.decision_asked_at.map(|at| at + steps),
+            };
+            if dies_at.is_some_and(|at| at < self.steps) {
                 return End::Died;
             }
             if step == starts_at {
@@ -341,7 +374,12 @@ impl Sim {
         let first_step = self.steps;
         while !self.requests.is_empty() {
             self.steps += 1;
-            assert!(self.steps - first_step < 4000, "requests hang: {:?} {:?}", self.requests, self.machine.state());
+            assert!(
+                self.steps - first_step < 4000,
+                "requests hang: {:?} {:?}",
+                self.requests,
+                self.machine.state()
+            );
             self.pass_time();
             self.step(false);
             self.check_equality();
@@ -435,6 +473,11 @@ impl Sim {
 
     pub(crate) fn apply(&mut self, event: Event) {
         self.trace(|| format!("-> {event:?}"));
+        match event {
+            Event::Pause => self.is_paused = true,
+            Event::Resume => self.is_paused = false,
+            _ => {}
+        }
         let mut actions = std::mem::take(&mut self.actions);
         self.machine.apply(self.now, event, &mut actions);
         for action in actions.drain(..) {
@@ -449,12 +492,14 @@ impl Sim {
             Action::SetRoute(route) => self.change_route(route),
             Action::Scan => self.jobs.push(Job::Scan { next: 0, found: RoaringBitmap::new() }),
             Action::Copy { id, range } => {
+                assert!(!self.is_paused, "a copy starts in a pause");
                 self.check_copy(range);
                 self.check_limit(range);
                 let job = self.new_copy(id, range);
                 self.jobs.push(job);
             }
             Action::Verify { id, range } => {
+                assert!(!self.is_paused, "a verification starts in a pause");
                 self.check_limit(range);
                 let job = self.new_verification(id, range);
                 self.jobs.push(job);
@@ -472,12 +517,18 @@ impl Sim {
                 self.jobs.push(Job::Record(record));
             }
             Action::FinishTarget => {
-                assert!(self.is_commit_durable || self.snapshot.is_some(), "the target is finished without a decision");
+                assert!(
+                    self.is_commit_durable || self.snapshot.is_some(),
+                    "the target is finished without a decision"
+                );
                 self.jobs.push(Job::Finish);
             }
             Action::DeleteSource => {
                 self.check_deletion_of(0);
-                assert!(self.is_finish_recorded, "M10: the source is deleted before the target is known as finished");
+                assert!(
+                    self.is_finish_recorded,
+                    "M10: the source is deleted before the target is known as finished"
+                );
                 assert!(!self.config.keep_source, "the source was to stay");
                 self.jobs.push(Job::DeleteSource);
             }
@@ -490,7 +541,8 @@ impl Sim {
             Action::Wake(at) => self.wake_at = Some(self.wake_at.map_or(at, |known| known.min(at))),
             Action::StateChanged(state) => {
                 assert!(state == self.machine.state(), "another state is told than is held");
-                let is_error = matches!(&state, JobState::Paused { reason } if *reason != mirror::PauseReason::User);
+                let is_error =
+                    matches!(&state, JobState::Paused { reason } if *reason != mirror::PauseReason::User);
                 self.tally.pauses_by_target += u32::from(is_error);
             }
         }
@@ -498,15 +550,21 @@ impl Sim {
 
     fn change_route(&mut self, route: Route) {
         if route == Route::Target {
-            assert!(self.is_commit_durable, "M7: guest requests go to the target before the commit is durable");
+            assert!(
+                self.is_commit_durable,
+                "M7: guest requests go to the target before the commit is durable"
+            );
         }
         if route == Route::Source && self.config.copy_only {
             let possible = |sector| {
                 let in_flight = self.requests.iter().filter(|request| request.is_on_its_way());
-                let values = in_flight.filter(|request| request.sectors.contains(&sector)).map(|request| match request.ask {
-                    crate::requests::Ask::Write { value, .. } => value,
-                    _ => unreachable!("only writes are on their way"),
-                });
+                let values =
+                    in_flight.filter(|request| request.sectors.contains(&sector)).map(
+                        |request| match request.ask {
+                            crate::requests::Ask::Write { value, .. } => value,
+                            _ => unreachable!("only writes are on their way"),
+                        },
+                    );
                 std::iter::once(self.disks[0].read(sector)).chain(values).collect()
             };
             self.snapshot = Some((0..self.sectors).map(possible).collect());
@@ -518,11 +576,18 @@ impl Sim {
     }
 
     fn check_record(&mut self, record: &Record) {
+        if matches!(record, Record::Committed { .. } | Record::CopyComplete) {
+            self.decision_asked_at.get_or_insert(self.steps);
+        }
         if matches!(record, Record::Committed { .. }) {
             self.is_commit_asked = true;
+            assert!(!self.is_paused, "a commit is asked for in a pause");
             for sector in 0..self.sectors {
                 let is_equal = self.disks[0].read(sector) == self.disks[1].read(sector);
-                assert!(is_equal || self.is_being_written(sector), "M6: sector {sector} differs at the commit");
+                assert!(
+                    is_equal || self.is_being_written(sector),
+                    "M6: sector {sector} differs at the commit"
+                );
             }
         }
     }
@@ -531,8 +596,13 @@ impl Sim {
     fn check_deletion_of(&self, side: usize) {
         let is_used = |request: &&Request| request.sides[side].is_used;
         assert!(self.requests.iter().find(is_used).is_none(), "a request is on a disk that is being deleted");
-        let is_transfer = |job: &&Job| matches!(job, Job::Copy { .. } | Job::Verify { .. } | Job::Scan { .. } | Job::Flush { .. });
-        assert!(self.jobs.iter().find(is_transfer).is_none(), "a transfer is on a disk that is being deleted");
+        let is_transfer = |job: &&Job| {
+            matches!(job, Job::Copy { .. } | Job::Verify { .. } | Job::Scan { .. } | Job::Flush { .. })
+        };
+        assert!(
+            self.jobs.iter().find(is_transfer).is_none(),
+            "a transfer is on a disk that is being deleted"
+        );
     }
 
     /// The limit holds, but for a burst of a tenth of a second and what had been promised before it was set.
@@ -558,14 +628,20 @@ impl Sim {
                 continue;
             }
             for sector in self.sectors_of(range).filter(|&sector| !is_equal(sector)) {
-                assert!(self.is_being_written(sector), "M1: sector {sector} differs, and extent {extent} is not dirty");
+                assert!(
+                    self.is_being_written(sector),
+                    "M1: sector {sector} differs, and extent {extent} is not dirty"
+                );
             }
         }
     }
 
     /// Checks the disk that the guest is left with; whether there is anything left to move.
     fn check_end(&mut self, state: &JobState) -> bool {
-        assert!(self.requests.is_empty() && self.wake_or_job_is_left().is_none(), "something is left after the end");
+        assert!(
+            self.requests.is_empty() && self.wake_or_job_is_left().is_none(),
+            "something is left after the end"
+        );
         let is_moved = *state == JobState::Done && !self.config.copy_only;
         assert!(is_moved == (self.route == Route::Target), "the guest is on the wrong disk");
         self.check_as_read(usize::from(is_moved));
@@ -603,8 +679,9 @@ impl Sim {
         );
         let is_right = match recovery {
             Recovery::Nothing => true,
-            Recovery::SourceIsDisk { restart, .. } => *state != JobState::Done && (!restart || !is_ended)
-                || self.config.copy_only,
+            Recovery::SourceIsDisk { restart, .. } => {
+                *state != JobState::Done && (!restart || !is_ended) || self.config.copy_only
+            }
             Recovery::TargetIsDisk { .. } => *state == JobState::Done && !self.config.copy_only,
         };
         assert!(is_right, "after {state:?} the journal says {recovery:?}");
@@ -622,7 +699,10 @@ impl Sim {
         let snapshot = self.snapshot.as_ref().expect("a copy has a point in time");
         for (sector, possible) in snapshot.iter().enumerate() {
             let value = self.disks[1].read(sector as u32);
-            assert!(possible.contains(&value) || self.is_corrupted, "copied sector {sector}: {value}, not {possible:?}");
+            assert!(
+                possible.contains(&value) || self.is_corrupted,
+                "copied sector {sector}: {value}, not {possible:?}"
+            );
             assert!(self.disks[1].is_durable(sector as u32), "copied sector {sector} is not durable");
         }
     }
@@ -657,7 +737,7 @@ impl Sim {
             self.tally.power_cuts += 1;
             self.requests.clear();
             self.disks[side].lose_power(&mut self.dice);
-            for sector in 0..self.sectors {
+            for sector in (0..self.sectors).filter(|_| !self.is_loss_told) {
                 self.oracle.check_after_power_cut(sector, self.disks[side].read(sector));
             }
             self.oracle.restart((0..self.sectors).map(|sector| self.disks[side].read(sector)));
@@ -670,7 +750,11 @@ impl Sim {
 
     /// Another move of the same disk, to a fresh target.
     fn next_move(&mut self) {
-        let config = Config { disk_size: self.config.disk_size, extent_size: self.config.extent_size, ..chosen_config(&mut self.dice) };
+        let config = Config {
+            disk_size: self.config.disk_size,
+            extent_size: self.config.extent_size,
+            ..chosen_config(&mut self.dice)
+        };
         let copy_extents = self.dice.within(1, 4);
         self.config = Config { copy_bytes_max: u64::from(copy_extents) * config.extent_size, ..config };
         self.machine = Machine::new(self.config.clone());
@@ -686,6 +770,9 @@ impl Sim {
         self.is_scanned = false;
         self.is_corrupted = false;
         self.is_commit_asked = false;
+        self.decision_asked_at = None;
+        self.is_paused = false;
+        self.is_loss_told = false;
         self.is_commit_durable = false;
         self.is_finish_recorded = false;
         self.is_finished = false;

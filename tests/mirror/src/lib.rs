@@ -21,8 +21,8 @@ pub mod dice;
 pub mod disk;
 pub mod history;
 mod journal_file;
-mod outside;
 pub mod oracle;
+mod outside;
 mod requests;
 
 pub use history::{Tally, run};

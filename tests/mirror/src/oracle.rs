@@ -42,7 +42,13 @@ impl Oracle {
     pub fn write_begins(&mut self, request: u64, sectors: std::ops::Range<u32>, value: u32) {
         let begun = self.tick();
         for sector in sectors {
-            self.sectors[sector as usize].push(Written { value, request, begun, ended: NEVER, failed: false });
+            self.sectors[sector as usize].push(Written {
+                value,
+                request,
+                begun,
+                ended: NEVER,
+                failed: false,
+            });
         }
     }
 
@@ -78,14 +84,21 @@ impl Oracle {
     pub fn check(&self, sector: u32, value: u32, begun: u32, who: &str) {
         let writes = &self.sectors[sector as usize];
         let is_allowed = is_allowed(writes, value, begun);
-        assert!(is_allowed, "{who} of sector {sector} found {value} at {begun}..{}; it has {writes:?}", self.clock);
+        assert!(
+            is_allowed,
+            "{who} of sector {sector} found {value} at {begun}..{}; it has {writes:?}",
+            self.clock
+        );
     }
 
     /// Panics unless the sector may hold `value` after a power cut now.
     pub fn check_after_power_cut(&self, sector: u32, value: u32) {
         let (writes, flushed) = (&self.sectors[sector as usize], self.flushed);
         let is_allowed = is_allowed(writes, value, flushed);
-        assert!(is_allowed, "after a power cut sector {sector} holds {value}; flushed at {flushed} it had {writes:?}");
+        assert!(
+            is_allowed,
+            "after a power cut sector {sector} holds {value}; flushed at {flushed} it had {writes:?}"
+        );
     }
 
     /// After a power cut: these are the values now, and nothing is in flight.
@@ -98,7 +111,8 @@ impl Oracle {
 /// Whether no successful write that ended before `by` came wholly after one of this value.
 fn is_allowed(writes: &[Written], value: u32, by: u32) -> bool {
     writes.iter().any(|written| {
-        let is_overwritten = |other: &Written| !other.failed && other.ended < by && written.ended < other.begun;
+        let is_overwritten =
+            |other: &Written| !other.failed && other.ended < by && written.ended < other.begun;
         written.value == value && !writes.iter().any(is_overwritten)
     })
 }

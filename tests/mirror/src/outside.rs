@@ -122,7 +122,9 @@ impl Sim {
     }
 
     fn advance_copy(&mut self, job: &mut Job) -> Option<Event> {
-        let Job::Copy { id, range, to_read, to_write, fate } = job else { unreachable!("only called for copies") };
+        let Job::Copy { id, range, to_read, to_write, fate } = job else {
+            unreachable!("only called for copies")
+        };
         let id = *id;
         if !to_read.is_empty() {
             if *fate == Fate::SourceError && self.dice.one_in(to_read.len() as u32) {
@@ -157,7 +159,9 @@ impl Sim {
     }
 
     fn advance_verification(&mut self, job: &mut Job) -> Option<Event> {
-        let Job::Verify { id, to_read, read, first, fate } = job else { unreachable!("only called for verifications") };
+        let Job::Verify { id, to_read, read, first, fate } = job else {
+            unreachable!("only called for verifications")
+        };
         let id = *id;
         if !to_read.is_empty() {
             let (sector, side) = self.dice.draw(to_read);
@@ -218,7 +222,11 @@ impl Sim {
         if self.route == Route::Mirrored {
             for request in self.requests.iter().filter(|request| request.is_mirrored_in_flight()) {
                 let extents = self.extents_of(&request.sectors);
-                assert!(!extents.overlaps(range), "M2: a copy of {range:?} starts during write {}", request.id);
+                assert!(
+                    !extents.overlaps(range),
+                    "M2: a copy of {range:?} starts during write {}",
+                    request.id
+                );
             }
         }
     }

@@ -75,7 +75,9 @@ impl Request {
 
     /// A mirrored write that was told to start and whose end was not told.
     pub(crate) fn is_mirrored_in_flight(&self) -> bool {
-        self.is_write() && self.route == Route::Mirrored && matches!(self.stage, Stage::Running | Stage::Ended)
+        self.is_write()
+            && self.route == Route::Mirrored
+            && matches!(self.stage, Stage::Running | Stage::Ended)
     }
 
     /// It loaded a route before the last change and has not ended.
@@ -173,7 +175,9 @@ impl Sim {
         let home = if route == Route::Target { Side::Target } else { Side::Source };
         match request.ask {
             Ask::Read => self.start(index, &[home]),
-            Ask::Flush if route == Route::Mirrored && flush_both => self.start(index, &[Side::Source, Side::Target]),
+            Ask::Flush if route == Route::Mirrored && flush_both => {
+                self.start(index, &[Side::Source, Side::Target])
+            }
             Ask::Flush => self.start(index, &[home]),
             Ask::Write { kind, .. } if route == Route::Mirrored => {
                 let offset = u64::from(request.sectors.start) * SECTOR_BYTES;
@@ -205,10 +209,14 @@ impl Sim {
             return;
         }
         assert!(to == WriteTo::Both || self.route == Route::Mirrored, "a write misses the disk");
-        assert!(to == WriteTo::Both || !self.is_commit_asked, "a write to the source only while the commit is recorded");
+        assert!(
+            to == WriteTo::Both || !self.is_commit_asked,
+            "a write to the source only while the commit is recorded"
+        );
         assert!(!self.is_copying(extents), "M2: write {} starts during a copy of {extents:?}", request.id);
         for other in self.requests.iter().filter(|other| other.is_mirrored_in_flight()) {
-            let overlaps = other.sectors.start < request.sectors.end && request.sectors.start < other.sectors.end;
+            let overlaps =
+                other.sectors.start < request.sectors.end && request.sectors.start < other.sectors.end;
             assert!(!overlaps, "M2: writes {} and {} are in flight together", request.id, other.id);
         }
         self.tally.writes_to_both += u32::from(to == WriteTo::Both);
@@ -227,7 +235,8 @@ impl Sim {
                 _ => 0,
             };
             let left: Vec<u32> = request.sectors.clone().collect();
-            let fails_at = self.dice.per_mille(chance).then(|| self.dice.below(left.len() as u32 + 1) as usize);
+            let fails_at =
+                self.dice.per_mille(chance).then(|| self.dice.below(left.len() as u32 + 1) as usize);
             let mark = matches!(request.ask, Ask::Flush).then(|| self.disks[index_of(side)].flush_begins());
             request.sides[index_of(side)] =
                 Transfer { is_used: true, left, is_done: false, fails_at, failed: false, mark };
@@ -282,7 +291,9 @@ impl Sim {
                 self.complete(index, is_ok);
             }
             Ask::Write { .. } if route == Route::Mirrored => {
-                let target = request.sides[1].is_used.then(|| if target_failed { Err("write".into()) } else { Ok(()) });
+                let target = request.sides[1]
+                    .is_used
+                    .then(|| if target_failed { Err("write".into()) } else { Ok(()) });
                 self.requests[index].stage = Stage::Waiting;
                 self.apply(Event::WriteEnd { id, source_ok: is_ok, target });
             }
@@ -302,7 +313,9 @@ impl Sim {
         assert!(request.stage == Stage::Waiting, "write {id} is completed before it ended");
         match result_of {
             Side::Source => assert!(self.route != Route::Target, "the guest is told the old disk's result"),
-            Side::Target => assert!(self.route == Route::Target, "a target's error before the commit is the guest's"),
+            Side::Target => {
+                assert!(self.route == Route::Target, "a target's error before the commit is the guest's")
+            }
         }
         let failed = request.sides[index_of(result_of)].failed;
         self.tally.held += u32::from(result_of == Side::Target && request.sides[1].failed);
@@ -320,7 +333,7 @@ impl Sim {
             }
             Ask::Write { .. } => self.oracle.write_ends(request.id, request.sectors, is_ok),
             Ask::Flush if is_ok => self.oracle.flush_ends(request.begun),
-            Ask::Flush => {}
+            Ask::Flush => self.is_loss_told = true,
         }
     }
 
@@ -350,7 +363,11 @@ impl Sim {
     pub(crate) fn check_no_request_hangs(&self, steps_max: u32) {
         for request in &self.requests {
             let age = self.steps - request.begun_step;
-            assert!(age < steps_max, "{request:?} has been under way for {age} steps in {:?}", self.machine.state());
+            assert!(
+                age < steps_max,
+                "{request:?} has been under way for {age} steps in {:?}",
+                self.machine.state()
+            );
         }
     }
 
