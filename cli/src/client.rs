@@ -275,7 +275,7 @@ fn segment(name: &str) -> String {
         match byte {
             b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'~' => out.push(byte as char),
             // A lone dot would be taken for "this folder" by a strict server.
-            b'.' if name.trim_matches('.') != "" => out.push('.'),
+            b'.' if !name.trim_matches('.').is_empty() => out.push('.'),
             _ => out.push_str(&format!("%{byte:02X}")),
         }
     }

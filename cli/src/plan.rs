@@ -44,7 +44,7 @@ struct Plan {
     size_bytes: u64,
     /// At most so much is copied; what the guest writes meanwhile comes on top.
     bytes_to_copy: u64,
-    /// What the target may come to take on its file system.
+    /// What the target takes on its file system.
     space_needed_bytes: u64,
     space_free_bytes: u64,
     fits: bool,
@@ -140,7 +140,8 @@ fn make(what: String, source: &Source, options: &Options) -> Result<Plan, Failur
     let folder = folder_of(&target.path);
     let stat = statvfs(folder).map_err(|e| Failure::io(folder.display(), &e.into()))?;
     let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    let needed = if image_type == "fixed" { source.size } else { source.holds };
+    // Fixed images are made as sparse files, so what is not copied takes no space there either.
+    let needed = source.holds;
     let mut problems = Vec::new();
     if same_file(&source.path, &target.path) {
         problems.push(format!("{} is already there", source.path.display()));
@@ -149,7 +150,7 @@ fn make(what: String, source: &Source, options: &Options) -> Result<Plan, Failur
     }
     if needed > free {
         let (needed, free) = (render::size(needed), render::size(free));
-        problems.push(format!("{} has {free} free, and the target may need {needed}", folder.display()));
+        problems.push(format!("{} has {free} free, and the target needs up to {needed}", folder.display()));
     }
     if let Some(job) = &source.job {
         problems.push(format!("{what} is being moved already, by {job}"));
@@ -193,7 +194,7 @@ fn render_plan(plan: &Plan) -> String {
         .add(
             "space",
             format!(
-                "{} needed, {} free",
+                "at most {} needed, {} free",
                 render::size(plan.space_needed_bytes),
                 render::size(plan.space_free_bytes)
             ),

@@ -119,11 +119,13 @@ pub(crate) fn rate(bytes_per_s: u64) -> String {
     format!("{}/s", size(bytes_per_s))
 }
 
-/// `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
+/// `40 ms`, `1.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`.
 pub(crate) fn duration(time: Duration) -> String {
     let s = time.as_secs();
     match s {
-        0..10 => format!("{:.1} s", time.as_secs_f64()),
+        _ if time.is_zero() => "0 s".into(),
+        0 => format!("{} ms", time.as_millis().max(1)),
+        1..10 => format!("{:.1} s", time.as_secs_f64()),
         10..60 => format!("{s} s"),
         60..3600 => format!("{} min {} s", s / 60, s % 60),
         _ => format!("{} h {} min", s / 3600, s % 3600 / 60),
@@ -235,7 +237,8 @@ mod tests {
     #[test]
     fn durations_use_the_units_that_people_would() {
         for (ms, text) in [
-            (0, "0.0 s"),
+            (0, "0 s"),
+            (40, "40 ms"),
             (1_250, "1.2 s"),
             (12_000, "12 s"),
             (200_000, "3 min 20 s"),

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use formats::{Comparison, CopyError, CopyOutcome, CopyProgress, CreateOptions, Format, Image, OpenOptions};
+use formats::{
+    Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, Format, Image, OpenOptions,
+};
 use indicatif::ProgressBar;
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, PosixFadviseAdvice, RenameFlags, posix_fadvise, renameat2};
@@ -46,7 +48,8 @@ impl Unfinished {
         let mut name = name.to_owned();
         name.push(format!(".incomplete-{job}"));
         let temporary = path.with_file_name(name);
-        formats::create(&temporary, options)?;
+        // Whoever reads of a failure knows the target by its final name.
+        formats::create(&temporary, options).map_err(|e| CreateError { path: path.to_owned(), ..e })?;
         Ok(Self { path: path.to_owned(), temporary, format: options.format, finished: false })
     }
 

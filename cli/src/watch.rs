@@ -176,13 +176,14 @@ pub(crate) fn add_summary(facts: &mut Facts, job: &Job) {
         facts
             .add("mirrored", format!("{} of the guest's writes in {time}", render::size(job.bytes_mirrored)));
     }
-    if job.bytes_verified > 0 || job.verified == "full" {
+    let done = job.state == "done";
+    if job.bytes_verified > 0 || (done && job.verified != "none") {
         let time = seconds(phases.verify_s);
         facts.add(
             "verified",
             format!("{}, {} compared in {time}", job.verified, render::size(job.bytes_verified)),
         );
-    } else if job.state == "done" {
+    } else if done {
         facts.add("verified", "not, as was asked");
     }
     if job.switch.commit_us > 0 {
@@ -190,7 +191,7 @@ pub(crate) fn add_summary(facts: &mut Facts, job: &Job) {
         let (commit, wait) = (render::micros(commit), render::micros(wait));
         facts.add("switch", format!("committed in {commit}; the guest's longest wait was {wait}"));
     }
-    if job.state == "done" {
+    if done {
         facts.add("source", if job.source_deleted { "deleted" } else { "kept" });
     }
 }

@@ -100,6 +100,12 @@ impl Report {
 
     /// Decides whether all went well.
     pub(super) fn conclude(&mut self) {
+        if !self.source_deleted {
+            self.faults.push("the source is still in its folder".into());
+        }
+        if !self.target_sound {
+            self.faults.push("the target's file is damaged or does not hold every byte".into());
+        }
         self.ok = self.mismatches == 0 && self.errors == 0 && self.source_deleted && self.target_sound;
     }
 
@@ -130,7 +136,7 @@ impl Report {
             );
         let mut text = format!("\n{}\n{}\n", facts.render(), table.render());
         for fault in &self.faults {
-            text.push_str(&format!("WRONG {fault}\n"));
+            text.push_str(&format!("WRONG: {fault}\n"));
         }
         text.push_str(if self.ok {
             "The disk moved while it was in use, and not a byte was lost.\n"

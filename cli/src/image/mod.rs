@@ -37,14 +37,13 @@ pub(crate) async fn run(command: Command, screen: Screen) -> Result<Exit, Failur
     }
 }
 
+// Documentation of the variants would turn every `--help` that names them into a page of its own.
+
 /// The formats as people type them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FormatName {
-    /// Version 2 of the Virtual Hard Disk: up to 64 TiB, safe against power cuts
     Vhdx,
-    /// Virtual Hard Disk, up to 2040 GiB
     Vhd,
-    /// Nothing but the content
     Raw,
 }
 
@@ -61,9 +60,7 @@ impl From<FormatName> for Format {
 /// The types as people type them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum TypeName {
-    /// Grows as it is written
     Dynamic,
-    /// Has a place for everything from the start
     Fixed,
 }
 
