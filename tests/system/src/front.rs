@@ -53,6 +53,8 @@ pub struct Options {
     pub queue_size: u16,
     /// Sizes of the regions of guest memory; the rings go into the first.
     pub memory: Vec<u64>,
+    /// Bytes of nothing between two regions.
+    pub gap: u64,
     /// Use VIRTIO_F_EVENT_IDX when it is offered.
     pub event_idx: bool,
     /// Use indirect descriptors when they are offered.
@@ -73,6 +75,7 @@ impl Default for Options {
             queues: 1,
             queue_size: 128,
             memory: vec![64 << 20],
+            gap: 16 << 20,
             event_idx: true,
             indirect: true,
             mem_slots: true,
@@ -168,7 +171,7 @@ pub struct FrontEnd {
 impl FrontEnd {
     /// Connects and negotiates; no memory and no ring is handed over yet.
     pub fn connect(path: &Path, options: Options) -> Result<Self> {
-        let memory = Arc::new(GuestMemory::new(&options.memory)?);
+        let memory = Arc::new(GuestMemory::with_gaps(&options.memory, options.gap)?);
         let (vhost, stream) = open(path, options.queues)?;
         let mut front = Self {
             path: path.to_owned(),

@@ -3,6 +3,7 @@
 //! One thread drives all rings of one front end. Writes never overlap writes that are in flight (their order would be
 //! open), reads overlap whatever they like.
 
+use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -61,6 +62,8 @@ pub struct LoadOptions {
     pub rate: Option<f64>,
     /// Most segments of a request's data.
     pub max_segments: usize,
+    /// Buffers for each request in flight, used in turn: with more of them, fewer pages are written twice.
+    pub buffers_per_request: usize,
     /// Where rings go on after the connection was lost.
     pub base: Base,
     /// How long the daemon may be away.
@@ -78,6 +81,7 @@ impl LoadOptions {
             mix: Mix::ALL,
             rate: None,
             max_segments: 3,
+            buffers_per_request: 1,
             base: Base::Used,
             patience: Duration::from_secs(30),
         }
@@ -139,7 +143,7 @@ pub struct VerifiedLoad {
     options: LoadOptions,
     random: ChaCha8Rng,
     slots: Vec<Vec<Option<Slot>>>,
-    buffers: Vec<u64>,
+    buffers: VecDeque<u64>,
     counts: Counts,
     phases: Vec<(String, Histogram)>,
     scratch: Vec<u8>,
@@ -161,7 +165,7 @@ impl VerifiedLoad {
         mix.flush *= offers(F_FLUSH);
         let region = front.memory.regions().len() - 1;
         let stride = (options.max_sectors * SECTOR as u64).next_multiple_of(4096) + 4096;
-        let count = options.depth * front.rings.len();
+        let count = options.depth * front.rings.len() * options.buffers_per_request.max(1);
         let buffers = (0..count).map(|_| front.memory.alloc(region, stride, 4096)).collect();
         let slots = front.rings.iter().map(|ring| vec![None; usize::from(ring.options().size)]).collect();
         for ring in &mut front.rings {
@@ -226,7 +230,7 @@ impl VerifiedLoad {
     pub fn run_while(&mut self, mut wanted: impl FnMut(&Self) -> bool) -> Result<()> {
         while wanted(self) {
             let submitted = self.submit_all();
-            let completed = self.take_completions()?;
+            let completed = self.poll()?;
             if submitted + completed == 0 {
                 self.idle()?;
             }
@@ -237,7 +241,7 @@ impl VerifiedLoad {
     /// Submits nothing more and waits for what is in flight.
     pub fn drain(&mut self) -> Result<()> {
         while self.in_flight() > 0 {
-            if self.take_completions()? == 0 {
+            if self.poll()? == 0 {
                 self.idle()?;
             }
         }
@@ -308,7 +312,7 @@ impl VerifiedLoad {
             if !matches!(kind, READ | FLUSH) && self.model.is_busy(sector, count) {
                 continue;
             }
-            let Some(buffer) = self.buffers.pop() else { return false };
+            let Some(buffer) = self.buffers.pop_front() else { return false };
             self.submit(queue, kind, sector, count, buffer);
             return true;
         }
@@ -374,7 +378,8 @@ impl VerifiedLoad {
         }
     }
 
-    fn take_completions(&mut self) -> Result<usize> {
+    /// Takes and checks what is completed, without waiting; returns how many requests that were.
+    pub fn poll(&mut self) -> Result<usize> {
         let mut taken = 0;
         for queue in 0..self.front.rings.len() {
             while let Some(done) = self.front.rings[queue].poll() {
@@ -419,7 +424,7 @@ impl VerifiedLoad {
             }
         }
         // Buffers are aligned to a page; what was added to them is less.
-        self.buffers.push(slot.buffer & !4095);
+        self.buffers.push_back(slot.buffer & !4095);
         if let Some((_, histogram)) = self.phases.last_mut() {
             histogram.record(slot.since.elapsed());
         }
@@ -452,7 +457,7 @@ impl VerifiedLoad {
 
     fn come_back(&mut self) -> Result<()> {
         // What the daemon completed before it went has to be seen before the rings start anew.
-        self.take_completions()?;
+        self.poll()?;
         let patience = self.options.patience;
         self.front.reconnect(self.options.base, patience).context("come back after the daemon went away")?;
         for ring in &mut self.front.rings {
@@ -470,13 +475,13 @@ impl VerifiedLoad {
         let step = self.options.max_sectors;
         while next < self.model.sectors() {
             while next < self.model.sectors() && self.front.rings[0].has_room(self.options.max_segments) {
-                let Some(buffer) = self.buffers.pop() else { break };
+                let Some(buffer) = self.buffers.pop_front() else { break };
                 let count = step.min(self.model.sectors() - next);
                 self.submit(0, READ, next, count, buffer);
                 next += count;
             }
             self.front.rings[0].kick();
-            if self.take_completions()? == 0 {
+            if self.poll()? == 0 {
                 self.idle()?;
             }
         }

@@ -177,12 +177,17 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Regions of these sizes in bytes (multiples of 4096), 16 MiB of nothing between them.
     pub fn new(sizes: &[u64]) -> std::io::Result<Self> {
+        Self::with_gaps(sizes, 16 << 20)
+    }
+
+    /// Regions of these sizes in bytes (multiples of 4096), `gap` bytes of nothing between them.
+    pub fn with_gaps(sizes: &[u64], gap: u64) -> std::io::Result<Self> {
         let mut start = 0;
         let mut regions = Vec::new();
         for &size in sizes {
             assert!(size > 0 && size.is_multiple_of(LOG_PAGE), "a region of {size} bytes");
             regions.push(Region { start, mapping: Mapping::new(usize::try_from(size).expect("64-bit"))? });
-            start += size + (16 << 20);
+            start += size + gap;
         }
         // Address 0 is never given away, so that a forgotten address shows.
         let next_free = regions.iter().map(|r| AtomicU64::new(r.start.max(LOG_PAGE))).collect();
