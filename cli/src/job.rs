@@ -86,14 +86,26 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
 
 async fn verb(client: &Client, id: &Id, verb: &str, screen: Screen) -> Result<(), Failure> {
     let job = client.job_verb(&id.job, verb).await?;
-    screen.show(&job, |job| format!("{} is {}", job.job, job.state))
+    screen.show(&job, |job| {
+        let (reached, asked) = match verb {
+            "pause" => (job.state == "paused", "will pause"),
+            "resume" => (job.state != "paused", "will go on"),
+            "switch" => (matches!(job.state.as_str(), "committed" | "done"), "switches over"),
+            _ => (job.is_over(), "is being cancelled"),
+        };
+        match reached {
+            true => format!("{} is {}", job.job, job.state),
+            // The daemon has taken the order and carries it out as soon as it can.
+            false => format!("{} {asked}; for now it is {}", job.job, job.state),
+        }
+    })
 }
 
 fn table(jobs: &[Job]) -> String {
     if jobs.is_empty() {
         return "no moves; start one with `blockctl move`".into();
     }
-    let mut table = Table::new(&["JOB", "DISK", "STATE", ">COPIED", ">TOTAL", ">RATE", "TARGET"]);
+    let mut table = Table::new(&["JOB", "DISK", "STATE", ">COPIED", ">LEFT", ">RATE", "TARGET"]);
     for job in jobs {
         let rate = if job.is_over() { "-".into() } else { render::rate(job.rate_bytes_per_s) };
         table.row([
@@ -101,7 +113,7 @@ fn table(jobs: &[Job]) -> String {
             job.disks.join(", "),
             job.state.clone(),
             render::size(job.bytes_copied),
-            render::size(job.bytes_total),
+            render::size(job.bytes_dirty),
             rate,
             job.target.join(", "),
         ]);

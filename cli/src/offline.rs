@@ -94,6 +94,13 @@ pub(crate) fn create_options(
 
 impl Task {
     fn run(&self, cancel: &Cancel, screen: Screen) -> Result<Job, Failure> {
+        if let Some(job) = formats::incomplete_move(&self.source) {
+            let message = format!(
+                "{}: this is the unfinished target of move {job}, not a disk; `blockctl job show {job}` tells more, or delete it",
+                self.source.display()
+            );
+            return Err(Failure::new("state", message));
+        }
         let held = Held::take(&self.source, !self.keep_source)?;
         // The lock is ours already where the source is to be deleted; else this takes a shared one.
         let options = OpenOptions {

@@ -70,12 +70,16 @@ pub(crate) fn target_of(
     let name = source
         .file_name()
         .ok_or_else(|| Failure::usage(format!("{}: this names no file", source.display())))?;
-    let mut path = to.join(name);
     let format = format.unwrap_or(source_format);
-    if format != source_format {
-        path.set_extension(format.to_string());
+    if format == source_format {
+        return Ok(Target { path: to.join(name), format });
     }
-    Ok(Target { path, format })
+    // Only an ending that stands for a format gives way: `db.2024` becomes `db.2024.vhd`.
+    let stem =
+        if format_by_name(name).is_some() { Path::new(name).file_stem().unwrap_or(name) } else { name };
+    let mut name = stem.to_owned();
+    name.push(format!(".{format}"));
+    Ok(Target { path: to.join(name), format })
 }
 
 #[cfg(test)]
@@ -91,6 +95,8 @@ mod tests {
         assert_eq!(kept, Target { path: to.join("vm.vhdx"), format: Format::Vhdx });
         let changed = target_of(source, Format::Vhdx, to, Some(Format::Vhd)).expect("a target");
         assert_eq!(changed, Target { path: to.join("vm.vhd"), format: Format::Vhd });
+        let dotted = target_of(Path::new("db.2024"), Format::Raw, to, Some(Format::Vhd)).expect("a target");
+        assert_eq!(dotted.path, to.join("db.2024.vhd"));
     }
 
     #[test]

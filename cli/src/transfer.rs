@@ -136,8 +136,12 @@ impl<'a> Pace<'a> {
     fn report(&self, progress: CopyProgress) -> ControlFlow<()> {
         let moved = progress.bytes_copied;
         self.bar.set_position(progress.bytes_done);
-        let rate = (moved as f64 / self.started.elapsed().as_secs_f64().max(0.001)) as u64;
-        self.bar.set_message(render::rate(rate));
+        let elapsed = self.started.elapsed().as_secs_f64().max(0.001);
+        let rate = render::rate((moved as f64 / elapsed) as u64);
+        let left =
+            elapsed * (progress.bytes_total - progress.bytes_done) as f64 / progress.bytes_done.max(1) as f64;
+        let left = render::duration(Duration::try_from_secs_f64(left).unwrap_or_default());
+        self.bar.set_message(format!("{rate}, {left} left"));
         let due = self.bandwidth.map_or(0.0, |limit| moved as f64 / limit as f64);
         let due = self.started + Duration::try_from_secs_f64(due).unwrap_or(Duration::MAX / 4);
         while !self.cancel.is_set() {

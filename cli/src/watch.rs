@@ -124,10 +124,11 @@ fn draw(bar: &ProgressBar, job: &Job) {
     let (prefix, position) = if verifying && !job.is_over() && job.bytes_verified < job.bytes_total {
         ("verifying", job.bytes_verified)
     } else {
-        (job.state.as_str(), job.bytes_copied)
+        // What holds nothing is done without being copied, so this is what tells how far it is.
+        (job.state.as_str(), job.bytes_total.saturating_sub(job.bytes_dirty))
     };
     bar.set_length(job.bytes_total);
-    bar.set_position(position.min(job.bytes_total));
+    bar.set_position(position);
     bar.set_prefix(prefix.to_owned());
     bar.set_message(match job.state.as_str() {
         "paused" => phase_line(job),

@@ -36,6 +36,7 @@ fn done() -> Value {
     let mut job = job("done");
     job["bytes_copied"] = json!(1073741824);
     job["bytes_verified"] = json!(1073741824);
+    job["bytes_dirty"] = json!(0);
     job["phases"]["verify_s"] = json!(2.0);
     job["switch"] = json!({"commit_us": 850, "longest_guest_wait_us": 1200});
     job["source_deleted"] = json!(true);
@@ -218,9 +219,9 @@ fn jobs_are_listed_and_shown() {
     let list = daemon.blockctl(&["job", "list"]).expect(0);
     assert_eq!(
         list.out,
-        "JOB       DISK  STATE     COPIED  TOTAL       RATE  TARGET\n\
-         m1a2b3c4  vm1   copying  512 MiB  1 GiB  100 MiB/s  /b/vm1.vhdx\n\
-         m1a2b3c4  vm1   done       1 GiB  1 GiB          -  /b/vm1.vhdx\n"
+        "JOB       DISK  STATE     COPIED    LEFT       RATE  TARGET\n\
+         m1a2b3c4  vm1   copying  512 MiB  64 KiB  100 MiB/s  /b/vm1.vhdx\n\
+         m1a2b3c4  vm1   done       1 GiB     0 B          -  /b/vm1.vhdx\n"
     );
     let list = daemon.blockctl(&["job", "list", "--json"]).expect(0).json();
     assert_eq!(list["jobs"].as_array().map(Vec::len), Some(2));
@@ -246,9 +247,13 @@ fn jobs_are_listed_and_shown() {
 #[test]
 fn the_verbs_of_a_job_are_sent_and_answered_with_its_state() {
     let daemon = Daemon::always(200, &job("paused"));
-    for verb in ["pause", "resume", "switch", "cancel"] {
-        let said = daemon.blockctl(&["job", verb, "m1a2b3c4"]).expect(0);
-        assert_eq!(said.out, "m1a2b3c4 is paused\n");
+    for (verb, told) in [
+        ("pause", "m1a2b3c4 is paused\n"),
+        ("resume", "m1a2b3c4 will go on; for now it is paused\n"),
+        ("switch", "m1a2b3c4 switches over; for now it is paused\n"),
+        ("cancel", "m1a2b3c4 is being cancelled; for now it is paused\n"),
+    ] {
+        assert_eq!(daemon.blockctl(&["job", verb, "m1a2b3c4"]).expect(0).out, told);
     }
     let paths: Vec<String> = daemon.asked().into_iter().map(|a| format!("{} {}", a.method, a.path)).collect();
     let wanted = ["pause", "resume", "switch", "cancel"].map(|verb| format!("POST /v1/jobs/m1a2b3c4/{verb}"));

@@ -225,6 +225,10 @@ fn a_killed_move_leaves_a_target_that_can_not_be_mistaken_and_the_next_move_succ
     let left = names(&dir.path().join("target"));
     assert!(left.len() == 1 && left[0].starts_with("vm.vhd.incomplete-m"), "{left:?}");
     assert_eq!(names(&dir.path().join("source")), ["vm.img"]);
+    let unfinished = format!("target/{}", left[0]);
+    let refused =
+        blockctl(dir.path(), &["move", &unfinished, "--to", "source/other.vhd", "--json"]).expect(1);
+    assert_eq!(refused.json()["error"]["kind"], "state");
     blockctl(dir.path(), &["move", "source/vm.img", "--to", "target/vm.vhd"]).expect(0);
     assert!(names(&dir.path().join("target")).contains(&"vm.vhd".to_owned()));
 }
