@@ -1,7 +1,8 @@
 //! Moves: starting them, their verbs, and the list of those that are over.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
 
 use blockd_api::{Job, JobSettings, MoveRequest, Receipt};
 
@@ -14,6 +15,9 @@ use crate::mover::{Move, MoveHooks, MovePlan};
 
 /// Jobs that are listed; of those that are over, the oldest go first.
 pub(super) const JOBS_MAX: usize = 1000;
+
+/// How long the answer to a request waits for the journal of its move.
+const BEGIN_GRACE: Duration = Duration::from_secs(10);
 
 /// What a client may tell a running job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,21 +81,22 @@ impl Progress {
 }
 
 impl Jobs {
-    /// The jobs of earlier runs.
-    pub(super) fn remembered(jobs: Vec<Job>) -> Self {
+    /// The jobs of earlier runs, and the names of those that are too many.
+    pub(super) fn remembered(jobs: Vec<Job>) -> (Self, Vec<String>) {
         let mut all = Self::default();
-        for job in jobs {
-            all.push(job.job.clone(), Progress::Over(Box::new((job, None))));
-        }
-        all
+        let push = |job: Job| all.push(job.job.clone(), Progress::Over(Box::new((job, None))));
+        let forgotten = jobs.into_iter().filter_map(push).collect();
+        (all, forgotten)
     }
 
-    fn push(&mut self, id: String, progress: Progress) {
+    /// Adds a job; answers the one that had to go for it.
+    fn push(&mut self, id: String, progress: Progress) -> Option<String> {
         self.entries.push(Entry { id, progress });
-        if self.entries.len() > JOBS_MAX {
-            let over = self.entries.iter().position(|e| matches!(e.progress, Progress::Over(_)));
-            over.map(|at| self.entries.remove(at));
+        if self.entries.len() <= JOBS_MAX {
+            return None;
         }
+        let over = self.entries.iter().position(|e| matches!(e.progress, Progress::Over(_)))?;
+        Some(self.entries.remove(over).id)
     }
 
     fn get(&self, id: &str) -> Option<&Progress> {
@@ -133,16 +138,18 @@ impl Daemon {
     /// [`Kind::NotFound`]; [`Kind::State`] when it has not ended, or has left no receipt.
     pub fn receipt(&self, id: &str) -> Result<Receipt, DaemonError> {
         let progress = self.progress(id)?;
-        let receipt = match &progress {
-            Progress::Running(running) => running.receipt(),
-            Progress::Over(over) => over.1.clone(),
+        let job = progress.job();
+        let receipt = match progress {
+            Progress::Running(running) if job.is_over() => {
+                running.wait();
+                self.keep_receipt(&running)
+            }
+            Progress::Running(_) => None,
+            Progress::Over(over) => over.1.or_else(|| self.state.receipt(id)),
         };
+        let why = if job.is_over() { "it broke off before it was written" } else { "it comes with the end" };
         receipt.ok_or_else(|| {
-            let state = progress.job().state;
-            DaemonError::new(
-                Kind::State,
-                format!("job {id} is {state}, and only a job that is done has a receipt"),
-            )
+            DaemonError::new(Kind::State, format!("job {id} is {}, and has no receipt: {why}", job.state))
         })
     }
 
@@ -239,7 +246,7 @@ impl Daemon {
                 tracing::error!(job, disk, error = e.message, "the move can't begin again");
                 self.events.push("job-state", Some(&disk), Some(&job), format!("failed: {e}"));
                 failed.error = Some(e.info());
-                self.jobs().push(job, Progress::Over(Box::new((failed, None))));
+                self.list_job(job, Progress::Over(Box::new((failed, None))));
             }
         }
     }
@@ -271,6 +278,12 @@ impl Daemon {
             running.cancel();
             running.wait();
         }
+    }
+
+    /// Lists a job, and lets go of the oldest where there are too many.
+    fn list_job(&self, id: String, progress: Progress) {
+        let forgotten = self.jobs().push(id, progress);
+        forgotten.iter().for_each(|job| self.state.forget_job(job));
     }
 
     fn progress(&self, id: &str) -> Result<Progress, DaemonError> {
@@ -324,8 +337,7 @@ impl Daemon {
     fn new_job_id(&self) -> String {
         loop {
             let id = format!("m{:08x}", uuid::Uuid::new_v4().as_fields().0);
-            let used = self.state.moves_dir().join(format!("{id}.journal")).exists();
-            if !used && self.jobs().get(&id).is_none() {
+            if !self.state.knows_job(&id) && self.jobs().get(&id).is_none() {
                 return id;
             }
         }
@@ -349,11 +361,16 @@ impl Daemon {
 
     fn launch(self: &Arc<Self>, mut hold: Hold, plan: MovePlan) -> Result<Arc<Move>, DaemonError> {
         let (job, served) = (plan.job.clone(), hold.served.clone());
-        let hooks = self.hooks(&plan, &served);
+        let (begun, has_begun) = mpsc::channel();
+        let hooks = self.hooks(&plan, &served, begun);
         let (from, to) = (plan.source.clone(), plan.target.clone());
         let running = Move::start(served.disk.clone(), plan, &self.state.moves_dir(), hooks)?;
         hold.kept = true;
-        self.jobs().push(job.clone(), Progress::Running(running.clone()));
+        self.list_job(job.clone(), Progress::Running(running.clone()));
+        // A move tells its first state when its plan is durable: what is answered is not forgotten by a crash.
+        if has_begun.recv_timeout(BEGIN_GRACE).is_err() {
+            tracing::warn!(job, "the move's journal takes long to be written");
+        }
         tracing::info!(job, disk = served.id(), from = %from.display(), to = %to.display(), "the move has begun");
         let watched = (self.clone(), running.clone());
         let watcher = std::thread::Builder::new().name(format!("end-of-{job}")).spawn(move || {
@@ -370,14 +387,30 @@ impl Daemon {
     /// Waits for the end of a move and notes it.
     fn settle(&self, id: &str, running: &Move, served: &Served) {
         running.wait();
-        self.jobs().end(id, running.job(), running.receipt());
+        let receipt = self.keep_receipt(running);
+        self.jobs().end(id, running.job(), receipt);
         served.clear_job(id);
     }
 
-    fn hooks(&self, plan: &MovePlan, served: &Arc<Served>) -> MoveHooks {
+    /// The receipt of a move that is over, durable beside its journal. Writing it twice does no harm.
+    fn keep_receipt(&self, over: &Move) -> Option<Receipt> {
+        let receipt = over.receipt()?;
+        if let Err(e) = self.state.put_receipt(&receipt) {
+            let job = &receipt.job.job;
+            tracing::warn!(job, error = %e, "the receipt can't be kept; it is gone after the next start");
+        }
+        Some(receipt)
+    }
+
+    fn hooks(&self, plan: &MovePlan, served: &Arc<Served>, begun: mpsc::Sender<()>) -> MoveHooks {
         let (state, changing, job) = (self.state.clone(), served.clone(), plan.job.clone());
+        let tell = tell_changes(self.events.clone(), plan.disk.clone());
         MoveHooks {
-            state_changed: Box::new(tell_changes(self.events.clone(), plan.disk.clone())),
+            state_changed: Box::new(move |job| {
+                // Only the first one is waited for.
+                let _ = begun.send(());
+                tell(job);
+            }),
             image_changed: Box::new(move |image, format, generation| {
                 changing.change_record(&state, |record| {
                     record.image = image.to_owned();
@@ -445,8 +478,9 @@ mod tests {
 
     #[test]
     fn of_the_jobs_that_are_over_only_the_last_thousand_are_kept() {
-        let jobs = Jobs::remembered((0..1200).map(over).collect());
-        assert_eq!(jobs.all().len(), JOBS_MAX);
+        let (jobs, forgotten) = Jobs::remembered((0..1200).map(over).collect());
+        assert_eq!((jobs.all().len(), forgotten.len()), (JOBS_MAX, 200));
+        assert_eq!((forgotten[0].as_str(), forgotten[199].as_str()), ("m00000000", "m000000c7"));
         assert!(jobs.get("m000000c7").is_none());
         assert!(jobs.get("m000000c8").is_some());
     }

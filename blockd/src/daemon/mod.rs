@@ -69,12 +69,14 @@ impl Daemon {
             state.adopt(disk, image, format, generation)
         })?;
         let starts = recall::recall(state.disks()?, recovered.images, asked);
+        let (jobs, forgotten) = Jobs::remembered(recovered.jobs);
+        forgotten.iter().for_each(|job| state.forget_job(job));
         let daemon = Arc::new(Self {
             state: Arc::new(state),
             api_socket: api_socket.to_owned(),
             events: Arc::default(),
             disks: Mutex::default(),
-            jobs: Mutex::new(Jobs::remembered(recovered.jobs)),
+            jobs: Mutex::new(jobs),
         });
         daemon.bring_up(starts)?;
         for plan in recovered.restart {

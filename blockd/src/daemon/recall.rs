@@ -62,7 +62,13 @@ pub(super) fn recall(
     for (id, record) in remembered {
         let start = match record {
             // A move may have changed the image: whatever is asked for could be the stale one.
-            Err(e) => Start::Unknown(e),
+            Err(e) => Start::Unknown(match journals.remove(&id) {
+                Some((image, ..)) => {
+                    let told = format!("{e} (a move's journal says that its image is {})", image.display());
+                    DaemonError::new(e.kind, told)
+                }
+                None => e,
+            }),
             Ok(mut record) => {
                 if let Some(image) = journals.remove(&id) {
                     follow_journal(&mut record, image);
@@ -239,5 +245,8 @@ mod tests {
         let damaged = DaemonError::new(Kind::Corrupt, "damaged");
         let start = one(Some(Err(damaged.clone())), None, Some(asked("a", "/first.vhdx")));
         assert!(matches!(start, Some(Start::Unknown(e)) if e == damaged));
+        let journal = Some(("/target.vhd".into(), Format::Vhd, 1));
+        let start = one(Some(Err(damaged)), journal, Some(asked("a", "/first.vhdx")));
+        assert!(matches!(start, Some(Start::Unknown(e)) if e.message.contains("/target.vhd")));
     }
 }

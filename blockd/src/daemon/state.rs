@@ -3,7 +3,7 @@
 //! ```text
 //! DIR/lock           held (an open-file-description lock) while a daemon uses the directory
 //! DIR/disks/ID.json  one record a disk: what was asked for, and which image is the disk now
-//! DIR/moves/         the journals of moves; the mover's business
+//! DIR/moves/         the journals of moves, which are the mover's business, and receipts beside them
 //! ```
 //!
 //! A record is replaced by writing a temporary file, syncing it, renaming it over the old one and syncing the directory.
@@ -14,20 +14,27 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
+use blockd_api::Receipt;
 use formats::Format;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use serde::{Deserialize, Serialize};
 
 use super::error::{DaemonError, Kind};
-use super::names;
+use super::{lock, names};
 use crate::disk::DiskSpec;
 
 /// The layout of a record that this version writes and reads.
 const VERSION: u32 = 1;
 /// No record comes near it; more is no record of ours.
 const RECORD_BYTES_MAX: u64 = 1 << 20;
+
+/// Ends the names of files that are not in their place yet.
+const TEMPORARY: &str = ".new";
+/// What a job may leave, the journal last.
+const JOB_FILES: [&str; 3] = ["receipt", "extents", "journal"];
 
 /// What is remembered of a disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -61,6 +68,8 @@ impl DiskRecord {
 #[derive(Debug)]
 pub struct StateDir {
     root: PathBuf,
+    /// Held while a file is replaced: two writers of the same one share its temporary name.
+    writing: Mutex<()>,
     _lock: File,
 }
 
@@ -76,8 +85,8 @@ impl StateDir {
         for dir in [root, &root.join("disks"), &root.join("moves")] {
             create_dir(dir).map_err(failed)?;
         }
-        let lock = lock_file(&root.join("lock"))?;
-        let state = Self { root: root.to_owned(), _lock: lock };
+        let state =
+            Self { root: root.to_owned(), writing: Mutex::default(), _lock: lock_file(&root.join("lock"))? };
         state.remove_temporaries().map_err(failed)?;
         Ok(state)
     }
@@ -114,24 +123,9 @@ impl StateDir {
     /// Whatever the file system says; then the old record is still in place, or the new one is there but perhaps not
     /// durable.
     pub fn put(&self, record: &DiskRecord) -> io::Result<()> {
-        let id = &record.spec.id;
         let text = serde_json::to_vec_pretty(record).map_err(io::Error::other)?;
-        let (dir, path) = (self.root.join("disks"), self.record_path(id));
-        // No identifier begins with a dot, so this is no record's name.
-        let temporary = dir.join(format!(".{id}.json.new"));
-        let written = (|| {
-            let mut file =
-                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(&text)?;
-            file.write_all(b"\n")?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)
-        })();
-        if written.is_err() {
-            let _ = fs::remove_file(&temporary);
-        }
-        written?;
-        sync_dir(&dir)
+        let _one = lock(&self.writing);
+        replace(&self.record_path(&record.spec.id), &text)
     }
 
     /// Makes durable that a disk is another image now, as a move's journal tells. A disk that is not remembered any more
@@ -170,17 +164,83 @@ impl StateDir {
         self.root.join("disks").join(format!("{id}.json"))
     }
 
+    /// Keeps the receipt of a finished move beside its journal, durably.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn put_receipt(&self, receipt: &Receipt) -> io::Result<()> {
+        let text = serde_json::to_vec_pretty(receipt).map_err(io::Error::other)?;
+        let _one = lock(&self.writing);
+        replace(&self.job_path(&receipt.job.job, "receipt"), &text)
+    }
+
+    /// The receipt of a move of an earlier run, if it got as far as that and can be read.
+    pub fn receipt(&self, job: &str) -> Option<Receipt> {
+        let path = self.job_path(job, "receipt");
+        let text = fs::read(&path).ok()?;
+        let receipt = serde_json::from_slice(&text);
+        receipt.inspect_err(|e| tracing::warn!(path = %path.display(), error = %e, "a damaged receipt")).ok()
+    }
+
+    /// Whether a job of this name has left anything.
+    pub fn knows_job(&self, job: &str) -> bool {
+        JOB_FILES.iter().any(|kind| self.job_path(job, kind).exists())
+    }
+
+    /// Forgets a job that is over. What stays behind after a crash here is found again at the next start.
+    pub fn forget_job(&self, job: &str) {
+        // The journal last: without it nobody would look for the rest.
+        for kind in JOB_FILES {
+            let path = self.job_path(job, kind);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), error = %e, "an old job can't be forgotten");
+                    return;
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn job_path(&self, job: &str, kind: &str) -> PathBuf {
+        self.moves_dir().join(format!("{job}.{kind}"))
+    }
+
     /// What a crash between writing and renaming left: never read, so it may go.
     fn remove_temporaries(&self) -> io::Result<()> {
-        for entry in fs::read_dir(self.root.join("disks"))? {
-            let entry = entry?;
-            let name = entry.file_name();
-            if name.to_str().is_some_and(|n| n.starts_with('.') && n.ends_with(".json.new")) {
-                fs::remove_file(entry.path())?;
+        for dir in ["disks", "moves"] {
+            for entry in fs::read_dir(self.root.join(dir))? {
+                let entry = entry?;
+                let name = entry.file_name();
+                if name.to_str().is_some_and(|n| n.starts_with('.') && n.ends_with(TEMPORARY)) {
+                    fs::remove_file(entry.path())?;
+                }
             }
         }
         Ok(())
     }
+}
+
+/// Puts a whole file in the place of another one, durably.
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    // Names of disks and jobs begin with a letter or digit, so this is the name of nothing else.
+    let temporary = dir.join(format!(".{}{TEMPORARY}", name.to_string_lossy()));
+    let written = (|| {
+        let mut file =
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
+        file.write_all(text)?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    })();
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written?;
+    sync_dir(dir)
 }
 
 fn read_record(path: &Path, id: &str) -> Result<DiskRecord, DaemonError> {
@@ -387,6 +447,35 @@ mod tests {
             }
         }
         assert!(disks["later"].as_ref().expect_err("refused").message.contains("version 7"));
+    }
+
+    #[test]
+    fn a_receipt_is_kept_until_its_job_is_forgotten() {
+        let (_dir, state) = state();
+        let job = blockd_api::Job { job: "m1".to_owned(), ..Default::default() };
+        let receipt = Receipt { job, generation: [4, 5], ..Receipt::default() };
+        fs::write(state.moves_dir().join("m1.journal"), "").expect("written");
+        assert!(state.knows_job("m1") && state.receipt("m1").is_none());
+        state.put_receipt(&receipt).expect("put");
+        assert_eq!(state.receipt("m1"), Some(receipt));
+        state.forget_job("m1");
+        assert!(!state.knows_job("m1") && state.receipt("m1").is_none());
+        assert_eq!(fs::read_dir(state.moves_dir()).expect("listed").count(), 0);
+    }
+
+    #[test]
+    fn a_journals_word_is_adopted_once_and_only_forwards() {
+        let (_dir, state) = state();
+        state.put(&DiskRecord::new(spec("a"))).expect("put");
+        state.adopt("a", Path::new("/t.vhd"), Format::Vhd, 1).expect("adopted");
+        state.adopt("a", Path::new("/old.vhd"), Format::Vhd, 1).expect("nothing to do");
+        state.adopt("forgotten", Path::new("/t.vhd"), Format::Vhd, 1).expect("nothing to do");
+        let disks = state.disks().expect("listed");
+        let record = disks["a"].as_ref().expect("sound");
+        assert_eq!((record.image.as_path(), record.generation), (Path::new("/t.vhd"), 1));
+        assert_eq!(disks.len(), 1);
+        fs::write(state.record_path("a"), "{").expect("torn");
+        assert!(state.adopt("a", Path::new("/t.vhd"), Format::Vhd, 2).is_err());
     }
 
     #[test]
