@@ -146,7 +146,11 @@ impl Ring {
         let n = u64::from(size);
         let area = |what, addr: u64, len, align| -> Result<HostSlice, RingError> {
             let slice = memory.by_user_addr(addr, len).ok_or(RingError::BadAddress(what))?;
-            if (slice.ptr as u64) % align == 0 { Ok(slice) } else { Err(RingError::BadAddress(what)) }
+            if (slice.ptr as u64).is_multiple_of(align) {
+                Ok(slice)
+            } else {
+                Err(RingError::BadAddress(what))
+            }
         };
         // The event index is read and written only where it was negotiated, but the areas always have room for it.
         let desc = area("descriptor table", at.desc, n * DESC_BYTES, 16)?;
@@ -345,7 +349,7 @@ struct Table {
 
 impl Table {
     fn indirect(memory: &GuestMemory, d: Descriptor) -> Result<Self, RingError> {
-        if d.len == 0 || d.len % DESC_BYTES as u32 != 0 {
+        if d.len == 0 || !d.len.is_multiple_of(DESC_BYTES as u32) {
             return Err(RingError::BadIndirectLength(d.len));
         }
         let len = d.len / DESC_BYTES as u32;

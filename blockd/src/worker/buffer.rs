@@ -81,8 +81,8 @@ impl BufferPool {
     /// A buffer of at least `len` bytes; its contents are whatever they were.
     pub fn take(&mut self, len: usize) -> AlignedBuffer {
         match len {
-            0..=SMALL => self.small.pop().unwrap_or_else(|| AlignedBuffer::new(SMALL)),
-            ..=LARGE => self.large.pop().unwrap_or_else(|| AlignedBuffer::new(LARGE)),
+            ..=SMALL => self.small.pop().unwrap_or_else(|| AlignedBuffer::new(SMALL)),
+            n if n <= LARGE => self.large.pop().unwrap_or_else(|| AlignedBuffer::new(LARGE)),
             _ => AlignedBuffer::new(len),
         }
     }

@@ -36,7 +36,7 @@ impl Worker {
         if slot.stage == Stage::Syncing {
             self.note_syncs(&mut slot, &route);
             if let (Op::Flush, Some(error), Route::Mirrored { moving, .. }) =
-                (slot.op, slot.target_error.clone(), &**route)
+                (slot.op, slot.target_error.clone(), &*route)
             {
                 slot.stage = Stage::Ended;
                 self.slots[index as usize] = Some(slot);
@@ -48,7 +48,7 @@ impl Worker {
             self.sync_write(&mut slot, &route, both);
             return self.run_parts(index, slot);
         }
-        match (&**route, slot.op.is_change()) {
+        match (&*route, slot.op.is_change()) {
             (Route::Tracked(_, moving), true) => {
                 // Well or not: a failed write may have changed something. Before the guest is told.
                 moving.mark(slot.span.offset, slot.span.len);

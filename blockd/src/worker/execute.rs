@@ -1,6 +1,5 @@
 //! From a request to submissions.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +11,7 @@ use mirror::{Event, Side, WriteKind, WriteTo};
 use super::request::{self, Refusal};
 use super::slot::{Op, Part, PartOp, Slot, Stage};
 use super::{KIND_PART, Worker, iov};
-use crate::disk::handle::ImageHandle;
+use crate::disk::handle::{ImageHandle, PayloadFile};
 use crate::disk::route::Route;
 use crate::mover::shared::{MoveShared, WriteWord, parse_write_id, write_id};
 
@@ -69,7 +68,7 @@ impl Worker {
         if slot.op.is_change() && slot.span.len == 0 {
             return self.complete(index, slot, STATUS_OK);
         }
-        match (&**route, slot.op) {
+        match (&*route, slot.op) {
             (_, Op::Read) => self.start_read(index, slot, &route),
             (_, Op::Flush) => self.start_flush(index, slot, &route),
             (Route::Mirrored { moving, .. }, _) => self.ask_to_write(index, slot, moving),
@@ -79,41 +78,32 @@ impl Worker {
 
     // --- reads and flushes -------------------------------------------------------------------------------------------
 
-    fn start_read(&mut self, index: u32, mut slot: Box<Slot>, route: &Rc<Arc<Route>>) {
-        let image = route.source().clone();
+    fn start_read(&mut self, index: u32, mut slot: Box<Slot>, route: &Route) {
+        let image = route.source();
         self.pieces.clear();
         if let Err(e) = image.image().map_read(slot.span, &mut self.pieces) {
             return self.refuse(index, slot, &e);
         }
-        self.bounce_if_needed(&mut slot, &[&image]);
-        let mut at = 0;
-        let data = slot.data_iov();
-        for piece in self.pieces.iter() {
-            match image.file_of(piece) {
-                None => iov::zero(&data, at, piece.len),
-                Some((file, offset)) => {
-                    let part = Part {
-                        op: PartOp::Read,
-                        side: Side::Source,
-                        fd: file.fd(),
-                        offset,
-                        len: piece.len,
-                        iov: (0, 0),
-                        retries: 0,
-                    };
-                    slot.add_part(part, &data, at);
+        self.bounce_if_needed(&mut slot, image);
+        let pieces = &self.pieces;
+        slot.with_data(|slot, data| {
+            let mut at = 0;
+            for piece in pieces.iter() {
+                match image.file_of(piece) {
+                    None => iov::zero(data, at, piece.len),
+                    Some(place) => slot.add_part(PartOp::Read, Side::Source, place, piece.len, data, at),
                 }
+                at += piece.len;
             }
-            at += piece.len;
-        }
+        });
         self.run_parts(index, slot);
     }
 
-    fn start_flush(&mut self, index: u32, mut slot: Box<Slot>, route: &Rc<Arc<Route>>) {
+    fn start_flush(&mut self, index: u32, mut slot: Box<Slot>, route: &Route) {
         if self.disk.limits.read_only {
             return self.complete(index, slot, STATUS_OK);
         }
-        let both = matches!(&***route, Route::Mirrored { moving, .. } if moving.flushes_both());
+        let both = matches!(route, Route::Mirrored { moving, .. } if moving.flushes_both());
         self.add_syncs(&mut slot, route, both);
         self.run_parts(index, slot);
     }
@@ -186,22 +176,19 @@ impl Worker {
         let route = slot.route.clone().expect("set when the request was taken");
         let target = route.target().filter(|_| to == WriteTo::Both);
         slot.to_target = target.is_some();
-        let images: Vec<(Side, &Arc<ImageHandle>)> = std::iter::once((Side::Source, route.source()))
-            .chain(target.map(|t| (Side::Target, t)))
-            .collect();
         if slot.op == Op::Write {
-            if to == WriteTo::Both {
+            if target.is_some() {
                 // The guest may change its buffer between the two writes; both disks must get the same bytes.
                 self.bounce(&mut slot);
             } else {
-                self.bounce_if_needed(&mut slot, &[route.source()]);
+                self.bounce_if_needed(&mut slot, route.source());
             }
-            if slot.bounce.is_some() {
-                let buffer = slot.bounce.as_mut().expect("just made");
+            if let Some(buffer) = &mut slot.bounce {
                 iov::gather(&slot.iov, buffer);
             }
         }
-        for (side, image) in images {
+        for (side, image) in [(Side::Source, Some(route.source())), (Side::Target, target)] {
+            let Some(image) = image else { continue };
             if let Err(e) = self.map_change(&mut slot, side, image) {
                 tracing::warn!(disk = self.disk.id, "write at {}: {e}", slot.span.offset);
                 slot.fail(side, || e.to_string());
@@ -215,27 +202,30 @@ impl Worker {
 
     fn map_change(&mut self, slot: &mut Slot, side: Side, image: &ImageHandle) -> Result<(), ImageError> {
         self.pieces.clear();
-        let (op, mapped) = match slot.op {
-            Op::Write => (PartOp::Write, image.image().map_write(slot.span, &mut self.pieces)),
-            Op::WriteZeroes { unmap: false } => (
-                PartOp::Zero { keep: true },
-                image.image().map_zero(slot.span, ZeroMode::Keep, &mut self.pieces),
-            ),
-            _ => (
-                PartOp::Zero { keep: false },
-                image.image().map_zero(slot.span, ZeroMode::Unmap, &mut self.pieces),
-            ),
-        };
-        mapped?;
-        let data = slot.data_iov();
-        let mut at = 0;
-        for piece in self.pieces.iter() {
-            if let Some((file, offset)) = image.file_of(piece) {
-                let part = Part { op, side, fd: file.fd(), offset, len: piece.len, iov: (0, 0), retries: 0 };
-                slot.add_part(part, &data, at);
+        let pieces = &mut self.pieces;
+        let op = match slot.op {
+            Op::Write => {
+                image.image().map_write(slot.span, pieces)?;
+                PartOp::Write
             }
-            at += piece.len;
-        }
+            Op::WriteZeroes { unmap: false } => {
+                image.image().map_zero(slot.span, ZeroMode::Keep, pieces)?;
+                PartOp::Zero { keep: true }
+            }
+            _ => {
+                image.image().map_zero(slot.span, ZeroMode::Unmap, pieces)?;
+                PartOp::Zero { keep: false }
+            }
+        };
+        slot.with_data(|slot, data| {
+            let mut at = 0;
+            for piece in pieces.iter() {
+                if let Some(place) = image.file_of(piece) {
+                    slot.add_part(op, side, place, piece.len, data, at);
+                }
+                at += piece.len;
+            }
+        });
         Ok(())
     }
 
@@ -247,9 +237,8 @@ impl Worker {
 
     // --- bouncing ----------------------------------------------------------------------------------------------------
 
-    fn bounce_if_needed(&mut self, slot: &mut Slot, images: &[&Arc<ImageHandle>]) {
-        let align = images.iter().map(|i| i.memory_align()).max().unwrap_or(1);
-        if slot.iov.len() > IOV_MAX || !iov::is_aligned(&slot.iov, align) {
+    fn bounce_if_needed(&mut self, slot: &mut Slot, image: &ImageHandle) {
+        if slot.iov.len() > IOV_MAX || !iov::is_aligned(&slot.iov, image.memory_align()) {
             self.bounce(slot);
         }
     }
@@ -312,23 +301,37 @@ impl Worker {
 }
 
 impl Slot {
-    /// The buffers that I/O uses: the guest's, or the one that stands in for them.
-    pub(super) fn data_iov(&self) -> Vec<iovec> {
+    /// Lends the buffers that I/O uses: the guest's, or the one that stands in for them.
+    fn with_data(&mut self, use_them: impl FnOnce(&mut Self, &[iovec])) {
         match &self.bounce {
-            None => self.iov.clone(),
+            None => {
+                let iov = std::mem::take(&mut self.iov);
+                use_them(self, &iov);
+                self.iov = iov;
+            }
             Some(b) => {
-                vec![iovec { iov_base: b.as_ptr().cast(), iov_len: iov::total(&self.iov) as usize }]
+                let one = iovec { iov_base: b.as_ptr().cast(), iov_len: iov::total(&self.iov) as usize };
+                use_them(self, &[one]);
             }
         }
     }
 
-    /// Adds a part whose data is what `data` holds from byte `at` on.
-    pub(super) fn add_part(&mut self, mut part: Part, data: &[iovec], at: u64) {
-        if matches!(part.op, PartOp::Read | PartOp::Write) {
-            let first = self.part_iov.len();
-            iov::slice(data, at, part.len, &mut self.part_iov);
-            part.iov = (first, self.part_iov.len());
+    /// Adds a part of `len` bytes whose data is what `data` holds from byte `at` on.
+    fn add_part(
+        &mut self,
+        op: PartOp,
+        side: Side,
+        place: (&PayloadFile, u64),
+        len: u64,
+        data: &[iovec],
+        at: u64,
+    ) {
+        let first = self.part_iov.len();
+        if matches!(op, PartOp::Read | PartOp::Write) {
+            iov::slice(data, at, len, &mut self.part_iov);
         }
-        self.parts.push(part);
+        let (file, offset) = place;
+        let iov = (first, self.part_iov.len());
+        self.parts.push(Part { op, side, fd: file.fd(), offset, len, iov, retries: 0 });
     }
 }

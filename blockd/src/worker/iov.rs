@@ -33,7 +33,8 @@ pub fn slice(iov: &[iovec], start: u64, len: u64, out: &mut Vec<iovec>) {
 
 /// Whether all buffers begin and end on multiples of `align`.
 pub fn is_aligned(iov: &[iovec], align: usize) -> bool {
-    align <= 1 || iov.iter().all(|v| (v.iov_base as usize) % align == 0 && v.iov_len % align == 0)
+    align <= 1
+        || iov.iter().all(|v| (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(align))
 }
 
 /// Fills `[start, start + len)` with zeroes.

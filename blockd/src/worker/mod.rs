@@ -17,12 +17,12 @@ mod complete;
 mod execute;
 mod iov;
 mod kick;
+mod local;
 pub mod mailbox;
 mod queue;
 mod request;
 mod slot;
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -41,6 +41,7 @@ use crate::vhost::ring::Buffer;
 use buffer::BufferPool;
 use command::{Command, QueueKey};
 use kick::Kicks;
+use local::Local;
 use mailbox::{Mail, Mailbox};
 use queue::Queue;
 use slot::Slot;
@@ -125,7 +126,7 @@ struct Worker {
     shard: GateShard,
     route: Cache<Arc<ArcSwap<Route>>, Arc<Route>>,
     /// The route as requests share it, without touching the shared count for each.
-    route_rc: Rc<Arc<Route>>,
+    route_held: Local<Route>,
     queues: Vec<Option<Queue>>,
     kicks: Kicks,
     slots: Vec<Option<Box<Slot>>>,
@@ -157,7 +158,7 @@ impl Worker {
                 )
             })?;
         let route = Cache::new(disk.route.clone());
-        let route_rc = Rc::new(disk.route.load_full());
+        let route_held = Local::new(disk.route.load_full());
         Ok(Self {
             index,
             disk: disk.clone(),
@@ -167,7 +168,7 @@ impl Worker {
             bell: Box::new([0; 8]),
             shard: disk.gate.shard(),
             route,
-            route_rc,
+            route_held,
             queues: Vec::new(),
             kicks: Kicks::default(),
             slots: Vec::new(),
@@ -381,12 +382,12 @@ impl Worker {
     }
 
     /// The current route, shared among requests without touching its atomic count.
-    fn current_route(&mut self) -> Rc<Arc<Route>> {
+    fn current_route(&mut self) -> Local<Route> {
         let now = self.route.load();
-        if !Arc::ptr_eq(now, &self.route_rc) {
-            self.route_rc = Rc::new(now.clone());
+        if !Arc::ptr_eq(now, self.route_held.shared()) {
+            self.route_held = Local::new(now.clone());
         }
-        self.route_rc.clone()
+        self.route_held.clone()
     }
 
     fn take_slot(&mut self) -> (u32, Box<Slot>) {

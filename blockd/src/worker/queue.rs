@@ -2,11 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::command::{QueueKey, QueueSetup, QueueStart};
+use super::local::Local;
 use super::{BATCH, Worker};
 use crate::vhost::inflight::InflightQueue;
 use crate::vhost::log::DirtyLog;
@@ -17,7 +17,7 @@ use crate::vhost::ring::{Ring, RingError};
 pub(super) struct Queue {
     pub(super) key: QueueKey,
     pub(super) ring: Ring,
-    pub(super) memory: Rc<Arc<GuestMemory>>,
+    pub(super) memory: Local<GuestMemory>,
     pub(super) log: Option<Arc<DirtyLog>>,
     pub(super) inflight: Option<InflightQueue>,
     pub(super) kick: Option<usize>,
@@ -132,7 +132,7 @@ impl Worker {
         let queue = Queue {
             key,
             ring,
-            memory: Rc::new(setup.memory),
+            memory: Local::new(setup.memory),
             log: setup.log,
             inflight,
             kick,
@@ -160,7 +160,7 @@ impl Worker {
         let Some(queue) = self.queues[at].as_mut() else { return Ok(()) };
         let old_kick = std::mem::replace(&mut queue.kick, kick);
         let remapped = queue.ring.remap(&setup.memory, setup.addresses);
-        queue.memory = Rc::new(setup.memory);
+        queue.memory = Local::new(setup.memory);
         queue.log = setup.log;
         queue.call = setup.call;
         queue.err = setup.err;
@@ -205,7 +205,7 @@ impl Worker {
     }
 
     /// Takes the chain apart. A chain that breaks the ring's rules stops the ring.
-    pub(super) fn read_chain(&mut self, at: usize, head: u16) -> Result<Rc<Arc<GuestMemory>>, ()> {
+    pub(super) fn read_chain(&mut self, at: usize, head: u16) -> Result<Local<GuestMemory>, ()> {
         let queue = self.queues[at].as_mut().ok_or(())?;
         self.buffers.clear();
         let memory = queue.memory.clone();

@@ -114,7 +114,7 @@ fn checked_span(sector: u64, len: u64, limits: &Limits) -> Result<ByteSpan, Refu
     let span = span.filter(|s| s.end().is_some_and(|end| end <= limits.size));
     let span = span.ok_or(Refusal::IoError("beyond the end of the disk"))?;
     let grid = u64::from(limits.sector);
-    if span.offset % grid != 0 || span.len % grid != 0 {
+    if !span.offset.is_multiple_of(grid) || !span.len.is_multiple_of(grid) {
         return Err(Refusal::IoError("not on the disk's sectors"));
     }
     Ok(span)

@@ -1,8 +1,6 @@
 //! A request in flight.
 
 use std::os::fd::RawFd;
-use std::rc::Rc;
-use std::sync::Arc;
 use std::time::Instant;
 
 use formats::{ByteSpan, SyncToken};
@@ -10,6 +8,7 @@ use libc::iovec;
 use mirror::Side;
 
 use super::buffer::AlignedBuffer;
+use super::local::Local;
 use crate::disk::route::Route;
 use crate::gate::GateEntry;
 use crate::vhost::memory::GuestMemory;
@@ -109,7 +108,7 @@ pub struct Slot {
     /// Bytes that the device writes to the guest's buffers, status included.
     pub written: u32,
     /// Guest memory, kept mapped.
-    pub memory: Option<Rc<Arc<GuestMemory>>>,
+    pub memory: Option<Local<GuestMemory>>,
     /// The guest's data buffers.
     pub iov: Vec<iovec>,
     /// The guest's writable data buffers, for the dirty log: guest address and length.
@@ -131,7 +130,7 @@ pub struct Slot {
     /// Tokens of the images whose sync is under way.
     pub tokens: [Option<SyncToken>; 2],
     /// The route that it was taken under.
-    pub route: Option<Rc<Arc<Route>>>,
+    pub route: Option<Local<Route>>,
     /// Its entry in the gate.
     pub entry: Option<GateEntry>,
     /// When it was taken.
