@@ -3,6 +3,7 @@
 //! ```text
 //!   reader thread:  next_extent ─► skip what is absent or zero ─► read 1 MiB ─► find zeroes ─┐
 //!   caller's thread:  progress ◄── write the rest through the target's map ◄── few buffers ◄─┘
+//!   flusher thread:   sync every 128 MiB
 //! ```
 //!
 //! Nothing is written for what the source does not hold or holds as zeroes, so the target, which has to be fresh, gets
@@ -19,6 +20,8 @@ use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place};
 const CHUNK: u64 = 1 << 20;
 /// Chunks between the reader and the writer: what the copy holds in memory at most, times [`CHUNK`].
 const CHUNKS_AHEAD: usize = 8;
+/// How much is written before the next sync beside the writing, in bytes.
+const FLUSH_EVERY: u64 = 128 << 20;
 /// The granule in which zeroes are found, in bytes: 16 KiB keeps more holes than the usual 64 KiB and still writes long
 /// runs.
 const ZERO_GRANULE: usize = 16 << 10;
@@ -150,35 +153,69 @@ pub fn copy(
     thread::scope(|scope| {
         let (full, chunks) = sync_channel(CHUNKS_AHEAD);
         let (spent, buffers) = sync_channel(CHUNKS_AHEAD + 2);
+        let (grown, rounds) = sync_channel(1);
         let grid = common_grid(source, target);
         scope.spawn(move || read_all(source, size, grid, &full, &buffers));
-        // Dropping the channel, on any way out of here, ends the reader.
-        let chunks = chunks;
-        for chunk in &chunks {
-            match chunk {
-                Chunk::Nothing(len) => {
-                    now.bytes_zero += len;
-                    now.bytes_done += len;
-                }
-                Chunk::Data(offset, data) => {
-                    let written = write_nonzero(target, offset, &data).map_err(CopyError::Target)?;
-                    now.bytes_copied += written;
-                    now.bytes_zero += data.len() as u64 - written;
-                    now.bytes_done += data.len() as u64;
-                    // The reader has ended when this fails, and needs no buffer.
-                    let _ = spent.try_send(data);
-                }
-                Chunk::Failed(e) => return Err(CopyError::Source(e)),
-            }
-            if progress(now).is_break() {
-                return Err(CopyError::Cancelled);
-            }
-        }
-        Ok(())
+        let flusher = scope.spawn(move || flush_now_and_then(target, &rounds));
+        let copied = write_all(target, chunks, &spent, &grown, &mut now, progress);
+        drop(grown);
+        let flushed = flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        copied.and(flushed.map_err(CopyError::Target))
     })?;
     assert_eq!(now.bytes_done, size, "the reader goes through the whole disk");
     target.commit().map_err(CopyError::Target)?;
     Ok(CopyOutcome { bytes_copied: now.bytes_copied, bytes_zero: now.bytes_zero })
+}
+
+/// Writes what the reader hands over. Returning drops `chunks`, which ends the reader.
+fn write_all(
+    target: &dyn Image,
+    chunks: Receiver<Chunk>,
+    spent: &SyncSender<Vec<u8>>,
+    grown: &SyncSender<()>,
+    now: &mut CopyProgress,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<(), CopyError> {
+    let mut unflushed = 0;
+    for chunk in chunks {
+        match chunk {
+            Chunk::Nothing(len) => {
+                now.bytes_zero += len;
+                now.bytes_done += len;
+            }
+            Chunk::Data(offset, data) => {
+                let written = write_nonzero(target, offset, &data).map_err(CopyError::Target)?;
+                now.bytes_copied += written;
+                now.bytes_zero += data.len() as u64 - written;
+                now.bytes_done += data.len() as u64;
+                unflushed += written;
+                // The reader has ended when this fails, and needs no buffer.
+                let _ = spent.try_send(data);
+            }
+            Chunk::Failed(e) => return Err(CopyError::Source(e)),
+        }
+        // A flusher that is busy is asked again with the next chunk.
+        if unflushed >= FLUSH_EVERY && grown.try_send(()).is_ok() {
+            unflushed = 0;
+        }
+        if progress(*now).is_break() {
+            return Err(CopyError::Cancelled);
+        }
+    }
+    Ok(())
+}
+
+/// Syncs the target beside the writing, so that the disk is busy from the start and the memory of the host is not
+/// filled with what is still to be written.
+fn flush_now_and_then(target: &dyn Image, rounds: &Receiver<()>) -> Result<(), ImageError> {
+    for () in rounds {
+        let token = target.sync_begin();
+        for file in target.files() {
+            file.sync().map_err(|e| ImageError::io("cannot sync the target", e))?;
+        }
+        target.sync_done(token);
+    }
+    Ok(())
 }
 
 fn fits(size: u64, target: &dyn Image) -> Result<(), ImageError> {

@@ -4,6 +4,8 @@ use std::fmt::Debug;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nix::fcntl::FallocateFlags;
 use nix::unistd::Whence;
@@ -42,19 +44,45 @@ pub trait Storage: Send + Sync + Debug {
 
 /// A [`Storage`] on a real file.
 #[derive(Debug)]
-pub struct FileStorage(File);
+pub struct FileStorage {
+    file: File,
+    /// The last answer of [`Storage::next_data`]. Some file systems look through everything up to the next hole for each
+    /// answer (tmpfs goes page by page), so a scan in small steps would take time in the square of the file's size.
+    data_run: Mutex<Option<DataRun>>,
+}
+
+/// A range of the file that held data when it was looked at.
+#[derive(Debug, Clone, Copy)]
+struct DataRun {
+    start: u64,
+    end: u64,
+    seen: Instant,
+}
+
+impl DataRun {
+    /// For how long it is believed: others may punch the file. Taking a hole for data costs a read of zeroes, no more.
+    const BELIEVED: Duration = Duration::from_secs(1);
+
+    fn holds(&self, offset: u64) -> bool {
+        (self.start..self.end).contains(&offset) && self.seen.elapsed() < Self::BELIEVED
+    }
+}
 
 impl FileStorage {
     /// Takes over an open file; locks and flags are the opener's business.
     pub fn new(file: File) -> Self {
-        Self(file)
+        Self { file, data_run: Mutex::new(None) }
+    }
+
+    fn data_run(&self) -> MutexGuard<'_, Option<DataRun>> {
+        self.data_run.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_zeroes(&self, mut offset: u64, end: u64) -> io::Result<()> {
         static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
         while offset < end {
             let n = (end - offset).min(ZEROES.len() as u64) as usize;
-            self.0.write_all_at(&ZEROES[..n], offset)?;
+            self.file.write_all_at(&ZEROES[..n], offset)?;
             offset += n as u64;
         }
         Ok(())
@@ -63,19 +91,21 @@ impl FileStorage {
 
 impl Storage for FileStorage {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_exact_at(buf, offset)
+        self.file.read_exact_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.0.write_all_at(buf, offset)
+        self.file.write_all_at(buf, offset)
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.0.set_len(len)
+        let done = self.file.set_len(len);
+        *self.data_run() = None;
+        done
     }
 
     fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -84,7 +114,9 @@ impl Storage for FileStorage {
             return Ok(());
         }
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        match nix::fcntl::fallocate(&self.0, flags, offset as i64, (end - offset) as i64) {
+        let punched = nix::fcntl::fallocate(&self.file, flags, offset as i64, (end - offset) as i64);
+        *self.data_run() = None;
+        match punched {
             Ok(()) => Ok(()),
             Err(nix::errno::Errno::EOPNOTSUPP | nix::errno::Errno::ENOSYS) => self.write_zeroes(offset, end),
             Err(e) => Err(e.into()),
@@ -92,27 +124,31 @@ impl Storage for FileStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.0.sync_data()
+        self.file.sync_data()
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
         use nix::errno::Errno;
+        if let Some(run) = self.data_run().filter(|run| run.holds(offset)) {
+            return Ok(Some((offset, run.end)));
+        }
         let len = self.len()?;
         if offset >= len {
             return Ok(None);
         }
-        let start = match nix::unistd::lseek(&self.0, offset as i64, Whence::SeekData) {
+        let start = match nix::unistd::lseek(&self.file, offset as i64, Whence::SeekData) {
             Ok(at) => at as u64,
             Err(Errno::ENXIO) => return Ok(None),
             // A file system that knows no holes: everything is data.
             Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Some((offset, len))),
             Err(e) => return Err(e.into()),
         };
-        let end = nix::unistd::lseek(&self.0, start as i64, Whence::SeekHole)? as u64;
+        let end = nix::unistd::lseek(&self.file, start as i64, Whence::SeekHole)? as u64;
+        *self.data_run() = Some(DataRun { start, end, seen: Instant::now() });
         Ok(Some((start, end)))
     }
 
     fn file(&self) -> Option<&File> {
-        Some(&self.0)
+        Some(&self.file)
     }
 }

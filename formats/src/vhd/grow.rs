@@ -49,7 +49,7 @@ pub(super) struct SlotGrid {
 
 impl SlotGrid {
     pub(super) fn new(shape: Shape) -> Self {
-        let align = if shape.block_size >= PAGE { PAGE } else { SECTOR };
+        let align = shape.slot_align();
         Self { shape, align, stride: shape.block_size + shape.bitmap_len.next_multiple_of(align) }
     }
 

@@ -160,6 +160,16 @@ impl Shape {
         u64::from(entry) * SECTOR + self.bitmap_len
     }
 
+    /// What the data of new blocks is aligned to: pages, as Windows has it, unless blocks are smaller, or a full disk
+    /// would then reach beyond what table entries can name (2 TiB).
+    pub(super) fn slot_align(&self) -> u64 {
+        let stride = self.block_size + self.bitmap_len.next_multiple_of(PAGE);
+        let blocks_from = self.table_offset + 4 * self.blocks + PAGE;
+        // At most 2^41 bytes of blocks and one bitmap for each: this does not overflow.
+        let fits = blocks_from.saturating_add(self.blocks * stride) <= u64::from(ABSENT) * SECTOR;
+        if self.block_size >= PAGE && fits { PAGE } else { SECTOR }
+    }
+
     /// Bytes of bitmap and data.
     pub(super) fn block_len(&self) -> u64 {
         self.bitmap_len + self.block_size
@@ -188,7 +198,7 @@ impl Body {
     pub(super) fn payload_align(&self) -> u32 {
         let mut placed = self.table.iter().filter(|&&e| e != ABSENT);
         let paged =
-            self.shape.block_size >= PAGE && placed.all(|&e| self.shape.data_at(e).is_multiple_of(PAGE));
+            self.shape.slot_align() == PAGE && placed.all(|&e| self.shape.data_at(e).is_multiple_of(PAGE));
         if paged { PAGE as u32 } else { SECTOR as u32 }
     }
 }

@@ -325,6 +325,16 @@ fn sizes_and_blocks_outside_of_the_format_are_refused_with_the_range() {
     }
     assert_eq!(refused(ImageType::Dynamic, Some(512), 1 << 40).0, ErrorKind::InvalidParameter);
     assert_eq!(refused(ImageType::Differencing, None, 1 << 30).0, ErrorKind::Unsupported);
+}
+
+#[test]
+fn the_largest_disk_has_room_for_all_its_blocks() {
+    // With 512 KiB blocks on pages the last ones would lie beyond 2 TiB, where no table entry reaches.
+    for (block, align) in [(512 << 10, 512), (1 << 20, 4096), (2 << 20, 4096)] {
+        let sim = create(ImageType::Dynamic, Some(block), 2040 << 30);
+        let image = open(&sim, false);
+        assert_eq!(image.geometry().payload_align, align, "blocks of {block}");
+    }
     let largest = create(ImageType::Dynamic, Some(512 << 10), 2040 << 30);
     let image = open(&largest, false);
     write_payload(&image, (2040 << 30) - 512, &[7; 512]).unwrap();
