@@ -234,6 +234,33 @@ fn a_move_that_the_end_of_the_daemon_interrupts_goes_on_at_the_next_start() {
 }
 
 #[test]
+fn an_interrupted_move_of_a_disk_that_is_away_fails_and_is_forgotten_with_the_disk() {
+    let (bench, image, content) = bench(8);
+    let daemon = bench.start(&["--disk", &bench.disk("a", &image)]);
+    let request = json!({ "disks": ["a"], "to": bench.text("new"), "switch": "manual" });
+    let id = start_move(&daemon, request);
+    reach(&daemon, &id, "synced");
+    daemon.kill();
+    std::fs::rename(&image, bench.path("elsewhere")).expect("renamed");
+
+    let daemon = bench.start(&[]);
+    let failed = job(&daemon, &id);
+    assert_eq!((&failed["state"], &failed["error"]["kind"]), (&json!("failed"), &json!("state")));
+    assert!(failed["error"]["message"].as_str().is_some_and(|m| m.contains(&image)), "{failed}");
+    assert!(support::names(&bench.path("new")).is_empty(), "what was copied is useless and gone");
+    daemon.ok("DELETE", "/v1/disks/a", &NONE);
+    daemon.kill();
+
+    let daemon = bench.start(&[]);
+    assert_eq!(job(&daemon, &id)["error"]["kind"], "not-found");
+    daemon.end();
+    let daemon = bench.start(&[]);
+    assert_eq!(daemon.get("/v1/jobs"), json!([]));
+    daemon.end();
+    assert!(std::fs::read(bench.path("elsewhere")).expect("read") == content);
+}
+
+#[test]
 fn several_disks_move_into_one_folder_unless_their_names_clash() {
     let (bench, image, _) = bench(4);
     std::fs::create_dir(bench.path("b")).expect("made");

@@ -62,6 +62,9 @@ Example:
 
 Exit status: 0 ended when told to, 1 failed, 2 wrong usage.";
 
+/// What may follow the identifier in `--disk`.
+const DISK_OPTIONS: [&str; 6] = ["image", "socket", "queues", "format", "io-threads", "read-only"];
+
 /// How the log is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -268,6 +271,10 @@ fn parse_disk(text: &str) -> Result<DiskSpec, DaemonError> {
             return Err(DaemonError::invalid(format!("disk {id}: {name} is given twice")));
         }
     }
+    if let Some(name) = options.keys().find(|name| !DISK_OPTIONS.contains(&name.as_str())) {
+        let known = DISK_OPTIONS.join(", ");
+        return Err(DaemonError::invalid(format!("disk {id}: there is no {name:?}; there are {known}")));
+    }
     let mut take = |name: &str| match options.remove(name) {
         Some(None) => Err(DaemonError::invalid(format!("disk {id}: {name} takes a value, as in {name}=..."))),
         Some(value) => Ok(value),
@@ -287,11 +294,6 @@ fn parse_disk(text: &str) -> Result<DiskSpec, DaemonError> {
             return Err(DaemonError::invalid(message));
         }
     };
-    if let Some(name) = options.keys().next() {
-        return Err(DaemonError::invalid(format!(
-            "disk {id}: there is no {name:?}; there are image, socket, queues, format, io-threads and read-only"
-        )));
-    }
     let spec = DiskSpec { id, image, socket, format, queues, io_threads, read_only };
     names::check_spec(&spec)?;
     Ok(spec)
@@ -378,6 +380,7 @@ mod tests {
             ("a,image=/i", "socket=PATH is missing"),
             ("a,image,socket=/s", "image takes a value"),
             ("a,image=/i,socket=/s,queue=2", "\"queue\""),
+            ("a,image=/i,sock=/s", "\"sock\""),
             ("a,image=/i,socket=/s,queues=no", "queues=no"),
             ("a,image=/i,socket=/s,queues=99", "1 to 64"),
             ("a,image=/i,socket=/s,io-threads=2", "1 to 1"),

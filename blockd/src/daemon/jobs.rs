@@ -244,6 +244,10 @@ impl Daemon {
             Ok(_) => tracing::info!(job, disk, "the move begins again: the daemon ended before it did"),
             Err(e) => {
                 tracing::error!(job, disk, error = e.message, "the move can't begin again");
+                if e.kind == Kind::NotFound {
+                    // The disk was detached: nobody is left to whom the move could matter at the next start.
+                    self.state.forget_job(&job);
+                }
                 self.events.push("job-state", Some(&disk), Some(&job), format!("failed: {e}"));
                 failed.error = Some(e.info());
                 self.list_job(job, Progress::Over(Box::new((failed, None))));
