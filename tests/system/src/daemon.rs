@@ -32,8 +32,16 @@ impl Image {
     /// Every kind.
     pub const ALL: [Self; 5] =
         [Self::Raw, Self::DynamicVhd, Self::FixedVhd, Self::DynamicVhdx, Self::FixedVhdx];
-    /// One of each format.
-    pub const FORMATS: [Self; 3] = [Self::Raw, Self::DynamicVhd, Self::DynamicVhdx];
+
+    /// One of each format: all, or those that `$BLOCKD_TEST_FORMATS` names (as in `raw,vhd`).
+    pub fn formats() -> Vec<Self> {
+        let mut formats = vec![Self::Raw, Self::DynamicVhd, Self::DynamicVhdx];
+        if let Ok(wanted) = std::env::var("BLOCKD_TEST_FORMATS") {
+            eprintln!("SKIPPED: all formats but {wanted}");
+            formats.retain(|format| wanted.split(',').any(|name| name == format.name()));
+        }
+        formats
+    }
 
     /// What QEMU calls the format.
     pub fn qemu_name(self) -> &'static str {
@@ -244,6 +252,19 @@ impl Daemon {
     /// Starts the daemon again (killing it first if it runs) and waits until it serves. From the second start on it
     /// is told of no disks: it has to know them.
     pub fn restart(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.wait_ready()
+    }
+
+    /// Starts the daemon and kills it after `time`, however far it is then.
+    pub fn start_and_kill(&mut self, time: Duration) -> Result<()> {
+        self.spawn()?;
+        std::thread::sleep(time);
+        self.kill9();
+        Ok(())
+    }
+
+    fn spawn(&mut self) -> Result<()> {
         self.kill9();
         let mut command = match self.program {
             Program::Blockd => self.blockd_command()?,
@@ -254,7 +275,7 @@ impl Daemon {
         let child = command.spawn().with_context(|| format!("start {:?}", command.get_program()))?;
         self.child = Some(child);
         self.starts += 1;
-        self.wait_ready()
+        Ok(())
     }
 
     fn blockd_command(&self) -> Result<Command> {

@@ -66,6 +66,8 @@ pub struct LoadOptions {
     pub buffers_per_request: usize,
     /// Where rings go on after the connection was lost.
     pub base: Base,
+    /// Remember when each write began and ended, for [`Model::check_copy`].
+    pub history: bool,
     /// How long the daemon may be away.
     pub patience: Duration,
 }
@@ -83,6 +85,7 @@ impl LoadOptions {
             max_segments: 3,
             buffers_per_request: 1,
             base: Base::Used,
+            history: false,
             patience: Duration::from_secs(30),
         }
     }
@@ -103,6 +106,10 @@ pub struct Counts {
     pub flushed: u64,
     /// Times that the connection was lost and made again.
     pub reconnects: u64,
+    /// How many of these found a ring whose requests had not been completed in their order.
+    pub out_of_order: u64,
+    /// Requests that were in flight when the connection was lost.
+    pub interrupted: u64,
 }
 
 impl Counts {
@@ -114,11 +121,15 @@ impl Counts {
 
 impl std::fmt::Display for Counts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { reads, writes, zeroes, flushes, reconnects, .. } = self;
-        write!(
-            f,
-            "{reads} reads, {writes} writes, {zeroes} zeroings, {flushes} flushes, {reconnects} reconnections"
-        )
+        let Self { reads, writes, zeroes, flushes, reconnects, interrupted, out_of_order, .. } = self;
+        write!(f, "{reads} reads, {writes} writes, {zeroes} zeroings, {flushes} flushes")?;
+        if *reconnects > 0 {
+            write!(
+                f,
+                ", {reconnects} reconnections with {interrupted} in flight, {out_of_order} out of order"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -171,8 +182,12 @@ impl VerifiedLoad {
         for ring in &mut front.rings {
             ring.poll_only();
         }
+        let mut model = Model::new(capacity);
+        if options.history {
+            model.remember_history();
+        }
         Ok(Self {
-            model: Model::new(capacity),
+            model,
             random: ChaCha8Rng::seed_from_u64(options.seed),
             options: LoadOptions { mix, ..options },
             slots,
@@ -458,6 +473,8 @@ impl VerifiedLoad {
     fn come_back(&mut self) -> Result<()> {
         // What the daemon completed before it went has to be seen before the rings start anew.
         self.poll()?;
+        self.counts.interrupted += self.in_flight() as u64;
+        self.counts.out_of_order += u64::from(self.front.rings.iter().any(crate::Ring::is_out_of_order));
         let patience = self.options.patience;
         self.front.reconnect(self.options.base, patience).context("come back after the daemon went away")?;
         for ring in &mut self.front.rings {

@@ -60,14 +60,47 @@ pub struct Model {
     current: Vec<u32>,
     pending: Vec<u32>,
     last_zeroed: Vec<u32>,
+    /// May be there as well, of a guest that died.
+    either: Vec<u32>,
     next: u32,
+    history: Option<History>,
+}
+
+/// When writes began and ended, in steps of one for each event.
+#[derive(Debug, Clone, Default)]
+struct History {
+    clock: u64,
+    /// By generation: began, ended, first sector, sectors, whether it wrote zeroes.
+    writes: Vec<Write>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Write {
+    began: u64,
+    ended: u64,
+    sector: u64,
+    count: u64,
+    zero: bool,
 }
 
 impl Model {
     /// A disk of `sectors` sectors that reads as zeroes.
     pub fn new(sectors: u64) -> Self {
         let len = usize::try_from(sectors).expect("64-bit");
-        Self { current: vec![0; len], pending: vec![0; len], last_zeroed: vec![0; len], next: 1 }
+        Self {
+            current: vec![0; len],
+            pending: vec![0; len],
+            last_zeroed: vec![0; len],
+            either: vec![0; len],
+            next: 1,
+            history: None,
+        }
+    }
+
+    /// Remembers from now on when writes began and ended. Nothing may have been written yet.
+    pub fn remember_history(&mut self) {
+        assert_eq!(self.next, 1, "the history has to be whole");
+        self.history = Some(History::default());
     }
 
     /// Sectors of the disk.
@@ -95,6 +128,10 @@ impl Model {
         self.next += 1;
         assert!(self.next < ZERO, "the generations are used up");
         self.pending[Self::range(sector, count)].fill(generation);
+        if let Some(history) = &mut self.history {
+            history.clock += 1;
+            history.writes.push(Write { began: history.clock, ended: u64::MAX, sector, count, zero: false });
+        }
         generation
     }
 
@@ -103,14 +140,35 @@ impl Model {
         let generation = self.begin_write(sector, count);
         self.pending[Self::range(sector, count)].fill(generation | ZERO);
         self.last_zeroed[Self::range(sector, count)].fill(generation);
+        if let Some(write) = self.history.as_mut().and_then(|h| h.writes.last_mut()) {
+            write.zero = true;
+        }
         generation
     }
 
     /// The write that is in flight on these sectors was acknowledged.
     pub fn acknowledge(&mut self, sector: u64, count: u64) {
+        if let Some(history) = &mut self.history {
+            history.clock += 1;
+            let generation = self.pending[sector as usize] & !ZERO;
+            history.writes[generation as usize - 1].ended = history.clock;
+        }
         for at in Self::range(sector, count) {
             self.current[at] = std::mem::take(&mut self.pending[at]);
+            self.either[at] = 0;
         }
+    }
+
+    /// After the guest's death: of writes that were in flight nobody knows whether they are there, so that both
+    /// contents are right for good. They are no longer busy.
+    pub fn into_settled(mut self) -> Self {
+        for at in 0..self.current.len() {
+            let pending = std::mem::take(&mut self.pending[at]);
+            if pending != 0 {
+                self.either[at] = pending;
+            }
+        }
+        self
     }
 
     /// What was acknowledged last, to be given to [`Model::check_read`] when the read is done.
@@ -135,19 +193,19 @@ impl Model {
 
     fn may_hold(&self, sector: u64, found: Content, snapshot: u32) -> bool {
         let at = sector as usize;
-        let (current, pending) = (self.current[at], self.pending[at]);
+        let (current, pending, either) = (self.current[at], self.pending[at], self.either[at]);
         let oldest = snapshot & !ZERO;
         match found {
             Content::Foreign => false,
             Content::Written(generation) => {
-                let exact = [snapshot, current, pending].contains(&generation) && generation != 0;
+                let exact = [snapshot, current, pending, either].contains(&generation) && generation != 0;
                 let newest = (current & !ZERO).max(pending & !ZERO);
                 // Between two acknowledged writes there may have been others while the read was under way.
                 exact || (generation > oldest && generation < newest)
             }
             Content::Zero => {
                 snapshot == 0
-                    || [snapshot, current, pending].iter().any(|g| g & ZERO != 0)
+                    || [snapshot, current, pending, either].iter().any(|g| g & ZERO != 0)
                     || self.last_zeroed[at] > oldest
             }
         }
@@ -173,6 +231,44 @@ impl Model {
         )
     }
 
+    /// Checks that a raw file holds the disk as it was at one moment: there is a moment such that each sector holds the
+    /// last write that ended before it, or one that was under way then. Returns between which writes' generations that
+    /// moment lies.
+    ///
+    /// # Panics
+    /// Without [`Model::remember_history`].
+    pub fn check_copy(&self, path: &Path) -> Result<(u32, u32)> {
+        let history = self.history.as_ref().expect("the history was remembered");
+        let content = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+        ensure!(
+            content.len() as u64 == self.sectors() * SECTOR as u64,
+            "the copy has {} bytes",
+            content.len()
+        );
+        let found: Vec<_> =
+            content.chunks_exact(SECTOR).enumerate().map(|(i, bytes)| read_stamp(bytes, i as u64)).collect();
+        // The writes of each sector in their order. They never overlap in time.
+        let mut of_sector = vec![Vec::new(); found.len()];
+        for (index, write) in history.writes.iter().enumerate() {
+            for sector in Self::range(write.sector, write.count) {
+                of_sector[sector].push(index);
+            }
+        }
+        let (mut earliest, mut latest) = (0, u64::MAX);
+        for (sector, content) in found.iter().enumerate() {
+            let (from, until) = moments(&history.writes, &of_sector[sector], *content, earliest, latest)
+                .with_context(|| {
+                    format!(
+                        "sector {sector} holds {content:?}, which fits to no moment between steps \
+                     {earliest} and {latest}, as the sectors before it want"
+                    )
+                })?;
+            (earliest, latest) = (from, until);
+        }
+        let began = |moment| history.writes.iter().take_while(|w| w.began <= moment).count() as u32;
+        Ok((began(earliest), began(latest)))
+    }
+
     /// Checks every sector of a raw file, with nothing in flight (or with writes in flight that may or may not be there).
     pub fn check_file(&self, path: &Path) -> Result<()> {
         let mut file = File::open(path).with_context(|| format!("open {}", path.display()))?;
@@ -188,6 +284,38 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// The moments between `earliest` and `latest` at which a sector with these writes may have held `content`. Zeroes may
+/// stem from several writes: the hull of their moments is taken.
+fn moments(
+    all: &[Write],
+    writes: &[usize],
+    content: Content,
+    earliest: u64,
+    latest: u64,
+) -> Option<(u64, u64)> {
+    let fits = |index: Option<usize>| match (index, content) {
+        (_, Content::Foreign) => false,
+        (None, Content::Zero) => true,
+        (None, Content::Written(_)) => false,
+        (Some(index), Content::Zero) => all[index].zero,
+        (Some(index), Content::Written(generation)) => !all[index].zero && index + 1 == generation as usize,
+    };
+    let mut hull: Option<(u64, u64)> = None;
+    // From a write's begin, until the next one's end.
+    for place in 0..=writes.len() {
+        let index = place.checked_sub(1).map(|p| writes[p]);
+        if !fits(index) {
+            continue;
+        }
+        let from = index.map_or(0, |i| all[i].began).max(earliest);
+        let until = writes.get(place).map_or(u64::MAX, |i| all[*i].ended).min(latest);
+        if from <= until {
+            hull = Some(hull.map_or((from, until), |(a, b)| (a.min(from), b.max(until))));
+        }
+    }
+    hull
 }
 
 #[cfg(test)]

@@ -117,6 +117,7 @@ pub struct RingOptions {
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     in_flight: bool,
+    position: u16,
     descriptors: u16,
     device_writes: bool,
 }
@@ -214,6 +215,13 @@ impl Ring {
         self.in_flight
     }
 
+    /// Whether a request is in flight that was made available before another that is completed.
+    pub fn is_out_of_order(&self) -> bool {
+        let oldest = self.next_avail.wrapping_sub(self.in_flight as u16);
+        let age = |slot: &Slot| self.next_avail.wrapping_sub(slot.position);
+        self.slots.iter().any(|slot| slot.in_flight && age(slot) > self.next_avail.wrapping_sub(oldest))
+    }
+
     /// Guest addresses of the descriptor table, the available and the used ring.
     pub fn parts(&self) -> [u64; 3] {
         [self.desc, self.avail, self.used]
@@ -273,7 +281,9 @@ impl Ring {
     }
 
     fn note_written(&mut self, addr: u64, len: u64) {
-        if let (Some(pages), true) = (&mut self.written, len > 0) {
+        if let Some(pages) = &mut self.written
+            && len > 0
+        {
             pages.extend(addr / LOG_PAGE..=(addr + len - 1) / LOG_PAGE);
         }
     }
@@ -352,7 +362,7 @@ impl Ring {
     /// those that follow it by `next`.
     pub fn publish(&mut self, head: Token, extra: u16) {
         self.slots[usize::from(head.0)] =
-            Slot { in_flight: true, descriptors: extra + 1, device_writes: false };
+            Slot { in_flight: true, position: self.next_avail, descriptors: extra + 1, device_writes: false };
         self.in_flight += 1;
         self.push_avail(head.0);
     }
