@@ -6,6 +6,8 @@ use std::sync::Arc;
 use formats::vhd::{self, CreateParams, Vhd};
 use formats::{ErrorKind, Image, ImageType, Severity, Storage, ZeroMode};
 use formats_tests::{CrashCount, CrashExplorer, CrashKind, CrashState, History, Mark, SimStorage, TraceOp};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 const BLOCK: u64 = 4096;
 const DISK: u64 = 64 * BLOCK;
@@ -294,4 +296,99 @@ fn tiny_and_large_blocks_survive_every_crash() {
         history.note_flushed(&sim);
         explore(&sim, &history, &format!("blocks of {block}"));
     }
+}
+
+/// A light exploration, for many traces.
+fn lightly(seed: u64, from: usize) -> CrashExplorer {
+    CrashExplorer { exhaustive_units: 5, pair_units: 6, seeded_subsets: 6, seed, from }
+}
+
+/// What a disk holds now, taken for its history: written back once and flushed, which begins a new trace.
+fn history_of(image: &Vhd, sim: &SimStorage) -> History {
+    let mut history = History::new();
+    for (at, sector) in formats_tests::read_nonzero_sectors(image).unwrap() {
+        history.write(image, sim, at, &sector).unwrap();
+    }
+    image.commit().unwrap();
+    sim.forget_trace();
+    sim.mark(Mark::Begun(history.operations()));
+    sim.mark(Mark::Acknowledged(history.operations()));
+    sim.mark(Mark::Flushed(history.operations()));
+    history
+}
+
+#[test]
+fn a_second_crash_in_the_session_after_the_first_is_survived() {
+    let sim = create(BLOCK as u32, DISK);
+    let image = open(&sim, false).unwrap();
+    let mut history = History::new();
+    for block in [0, 7, 3, 30, 31, 12] {
+        history.write(&image, &sim, block * BLOCK, &content(block as u8 + 1, 1024)).unwrap();
+    }
+    history.flush(&image, &sim).unwrap();
+    image.close().unwrap();
+    let mut second = CrashCount::default();
+    let mut first = 0;
+    CrashExplorer::default().explore(&sim, |state| {
+        let torn = without_the_new_footer(&sim, &state).filter(needs_recovery);
+        if state.storage.contents().fingerprint() % 11 != 0 && torn.is_none() {
+            return;
+        }
+        let state = torn.unwrap_or(state);
+        first += 1;
+        let again = &state.storage;
+        let image = open(again, false).unwrap();
+        let mut history = history_of(&image, again);
+        for block in [40, 3, 41] {
+            history.write(&image, again, block * BLOCK + 512, &content(block as u8 + 1, 512)).unwrap();
+        }
+        history.flush(&image, again).unwrap();
+        history.write(&image, again, 50 * BLOCK, &content(50, 512)).unwrap();
+        image.close().unwrap();
+        second += lightly(2, 3).explore(again, |later| {
+            if let Err(why) = survive(&later, &history) {
+                panic!(
+                    "first crash after {}, kept {}; second after {}, kept {}: {why}",
+                    state.after, state.kept, later.after, later.kept
+                );
+            }
+        });
+    });
+    println!("second crashes: {second} of {first} first ones");
+    assert!(first > 50);
+}
+
+#[test]
+fn random_sessions_survive_crashes() {
+    let mut total = CrashCount::default();
+    for seed in 0..40 {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let block = [512, 4096, 16384][seed as usize % 3];
+        let size = 48 * u64::from(block);
+        let sim = create(block, size);
+        let mut image = open(&sim, false).unwrap();
+        let mut history = History::new();
+        for step in 0..24u8 {
+            let sectors = size / 512 - u64::from(block) * 4 / 512; // the last blocks are for going on
+            let first = rng.random_range(0..sectors);
+            let (at, len) = (first * 512, rng.random_range(1..=(sectors - first).min(12)) * 512);
+            match rng.random_range(0..12) {
+                0..6 => history.write(&image, &sim, at, &content(step + 1, len)).unwrap(),
+                6 => history.zero(&image, &sim, at, len, ZeroMode::Unmap).unwrap(),
+                7 | 8 => history.flush(&image, &sim).unwrap(),
+                9 if image.wants_maintenance() => image.maintain(&|| ()).unwrap(),
+                10 => {
+                    image.close().unwrap();
+                    history.note_flushed(&sim);
+                }
+                _ => image = open(&sim, false).unwrap(),
+            }
+        }
+        total += lightly(seed, 0).explore(&sim, |state| {
+            if let Err(why) = survive(&state, &history) {
+                panic!("seed {seed}: {:?} after {}, kept {}: {why}", state.kind, state.after, state.kept);
+            }
+        });
+    }
+    println!("random sessions: {total}");
 }
