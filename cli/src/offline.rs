@@ -219,6 +219,11 @@ impl Held {
     /// With `exclusively`, nobody else may have it open with a lock, not even for reading.
     fn take(path: &Path, exclusively: bool) -> Result<Self, Failure> {
         let failed = |e: std::io::Error| Failure::io(path.display(), &e);
+        if exclusively && path.is_symlink() {
+            let real = std::fs::canonicalize(path).map_err(failed)?;
+            let message = format!("{}: is a symbolic link; move {} itself", path.display(), real.display());
+            return Err(Failure::usage(message));
+        }
         let file = File::options().read(true).write(exclusively).open(path).map_err(failed)?;
         if exclusively {
             lock(&file, path)?;

@@ -32,6 +32,11 @@ impl Screen {
         self.live
     }
 
+    /// Whether progress is reported line by line.
+    pub(crate) fn tells_lines(self) -> bool {
+        !self.live && !self.json
+    }
+
     /// Prints `value` with `--json`, else what `human` makes of it.
     pub(crate) fn show<T: Serialize>(
         self,

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use formats::{
-    Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, Format, Image, OpenOptions,
+    Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, ErrorKind, Format, Image,
+    OpenOptions,
 };
 use indicatif::ProgressBar;
 use nix::errno::Errno;
@@ -163,8 +164,12 @@ fn explain(e: CopyError, source: &Path, target: &Path, cancel: &Cancel) -> Failu
         CopyError::Source(e) => (source, e),
         CopyError::Target(e) => (target, e),
     };
+    let hint = match e.kind {
+        ErrorKind::NoSpace => "; make room or choose another place: what was unfinished is removed",
+        _ => "",
+    };
     let failure = Failure::from(e);
-    Failure { message: format!("{}: {failure}", path.display()), ..failure }
+    Failure { message: format!("{}: {failure}{hint}", path.display()), ..failure }
 }
 
 /// What ^C leads to.
@@ -186,7 +191,7 @@ pub(crate) fn copy_to(
     let image = target.open(false)?;
     let pace = Pace::new(cancel, bar, bandwidth);
     let outcome = formats::copy(source.image, &*image, &mut |progress| pace.report(progress))
-        .map_err(|e| explain(e, source.path, &target.temporary, cancel))?;
+        .map_err(|e| explain(e, source.path, &target.path, cancel))?;
     image.close()?;
     drop(image);
     target.sync()?;

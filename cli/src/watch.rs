@@ -6,7 +6,7 @@ use blockd_api::Job;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget};
 use tokio::task::JoinSet;
 
-use crate::client::Client;
+use crate::client::{Client, Events};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::interrupted;
 use crate::render::{self, Facts, Screen, complain};
@@ -74,20 +74,84 @@ fn worse(a: Exit, b: Exit) -> Exit {
 }
 
 async fn follow(client: Client, mut job: Job, bar: ProgressBar, screen: Screen) -> Result<Job, Failure> {
-    let mut said = String::new();
+    let mut tale = Tale::begin(&client, &job, screen).await;
     loop {
-        let phase = phase_line(&job);
-        if phase != said {
-            screen.note(&format!("{}: {phase}", name(&job)))?;
-            said = phase;
-        }
+        tale.see(&job)?;
         draw(&bar, &job);
         if job.is_over() {
+            tale.end(&job).await?;
             bar.finish_and_clear();
             return Ok(job);
         }
-        tokio::time::sleep(POLL).await;
+        tale.listen(POLL, None).await?;
         job = ask_again(&client, &job.job, &bar).await?;
+    }
+}
+
+/// Tells each phase of a move in a line, where no bar is drawn. Some are over sooner than a job can be asked after, so
+/// the daemon's events are listened to; without them, what is seen in the job has to do.
+struct Tale {
+    job: String,
+    name: String,
+    events: Option<Events>,
+    said: String,
+    screen: Screen,
+}
+
+impl Tale {
+    /// How long the event of a move's end may come after the end itself.
+    const LATE: Duration = Duration::from_secs(1);
+
+    async fn begin(client: &Client, job: &Job, screen: Screen) -> Self {
+        let wanted = screen.tells_lines() && !job.is_over();
+        let events = if wanted { client.events(true).await.ok() } else { None };
+        Self { job: job.job.clone(), name: name(job), events, said: String::new(), screen }
+    }
+
+    fn say(&mut self, phase: String) -> Result<(), Failure> {
+        if phase != self.said {
+            self.screen.note(&format!("{}: {phase}", self.name))?;
+            self.said = phase;
+        }
+        Ok(())
+    }
+
+    /// Takes a phase from the job itself, unless the events will tell it in its turn.
+    fn see(&mut self, job: &Job) -> Result<(), Failure> {
+        if self.events.is_none() { self.say(phase_of(job)) } else { Ok(()) }
+    }
+
+    /// Tells what the events bring, until the time is over or `last` was told.
+    async fn listen(&mut self, time: Duration, last: Option<&str>) -> Result<(), Failure> {
+        let until = tokio::time::Instant::now() + time;
+        while last.is_none_or(|last| last != self.said) {
+            let Some(events) = &mut self.events else {
+                if last.is_none() {
+                    tokio::time::sleep_until(until).await;
+                }
+                return Ok(());
+            };
+            match tokio::time::timeout_at(until, events.next()).await {
+                Err(_) => return Ok(()),
+                Ok(Ok(Some(event))) if event.kind == "job-state" && event.job.as_ref() == Some(&self.job) => {
+                    let (state, reason) = match event.message.split_once(": ") {
+                        Some((state, reason)) => (state, Some(reason)),
+                        None => (event.message.as_str(), None),
+                    };
+                    self.say(phase(&self.job, state, reason))?;
+                }
+                Ok(Ok(Some(_))) => {}
+                // The daemon is being restarted, or is no longer there.
+                Ok(Ok(None) | Err(_)) => self.events = None,
+            }
+        }
+        Ok(())
+    }
+
+    async fn end(&mut self, job: &Job) -> Result<(), Failure> {
+        let last = phase_of(job);
+        self.listen(Self::LATE, Some(&last)).await?;
+        self.say(last)
     }
 }
 
@@ -109,12 +173,16 @@ fn name(job: &Job) -> String {
     if job.disks.is_empty() { job.job.clone() } else { format!("{} ({})", job.disks.join(", "), job.job) }
 }
 
+fn phase_of(job: &Job) -> String {
+    phase(&job.job, &job.state, job.error.as_ref().map(|e| e.message.as_str()))
+}
+
 /// What changes only when the phase does.
-fn phase_line(job: &Job) -> String {
-    let reason = || job.error.as_ref().map(|e| format!(": {}", e.message)).unwrap_or_default();
-    match job.state.as_str() {
-        "paused" => format!("paused{}; go on with `blockctl job resume {}`", reason(), job.job),
-        "failed" | "cancelled" => format!("{}{}", job.state, reason()),
+fn phase(job: &str, state: &str, reason: Option<&str>) -> String {
+    let reason = reason.map(|reason| format!(": {reason}")).unwrap_or_default();
+    match state {
+        "paused" => format!("paused{reason}; go on with `blockctl job resume {job}`"),
+        "failed" | "cancelled" => format!("{state}{reason}"),
         state => state.to_owned(),
     }
 }
@@ -131,7 +199,7 @@ fn draw(bar: &ProgressBar, job: &Job) {
     bar.set_position(position);
     bar.set_prefix(prefix.to_owned());
     bar.set_message(match job.state.as_str() {
-        "paused" => phase_line(job),
+        "paused" => phase_of(job),
         "synced" => format!("both are equal; `blockctl job switch {}` goes over", job.job),
         _ => format!(
             "{}, {} dirty, {} left",

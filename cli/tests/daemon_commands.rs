@@ -326,6 +326,26 @@ fn a_move_says_each_phase_once_and_sums_up() {
 }
 
 #[test]
+fn phases_that_are_over_at_once_are_told_by_the_events() {
+    let event = |seq, job: &str, message: &str| json!({"seq": seq, "time": "t", "kind": "job-state", "disk": "vm1", "job": job, "message": message});
+    let told = [("m1a2b3c4", "copying"), ("m0", "failed: no"), ("m1a2b3c4", "paused: /b is full")]
+        .into_iter()
+        .chain(["mirroring", "synced", "committed", "done"].map(|state| ("m1a2b3c4", state)));
+    let body: String =
+        told.enumerate().map(|(seq, (job, message))| format!("{}\n", event(seq, job, message))).collect();
+    let daemon = Daemon::start(move |asked, _| match (asked.method.as_str(), asked.path.as_str()) {
+        ("GET", "/v1/disks") => answer(&json!([disk()])),
+        ("POST", "/v1/moves") => answer(&job("copying")),
+        ("GET", "/v1/events?follow=true") => (200, body.clone()),
+        _ => answer(&done()),
+    });
+    let moved = daemon.blockctl(&["move", "vm1", "--to", "/b/"]).expect(0);
+    let phases: Vec<&str> = moved.out.lines().filter_map(|l| l.strip_prefix("vm1 (m1a2b3c4): ")).collect();
+    let paused = "paused: /b is full; go on with `blockctl job resume m1a2b3c4`";
+    assert_eq!(phases, ["copying", paused, "mirroring", "synced", "committed", "done"]);
+}
+
+#[test]
 fn a_move_passes_its_options_on() {
     let daemon = moving(&["done"]);
     let options = "--format vhd --type fixed --block-size 2M --bandwidth 200M --mirror from-start --switch manual \

@@ -267,6 +267,16 @@ fn a_source_that_changes_under_the_move_is_not_deleted() {
 }
 
 #[test]
+fn a_link_is_not_moved_in_place_of_what_it_names() {
+    let dir = stage(8 * MIB);
+    std::os::unix::fs::symlink("source/vm.img", dir.path().join("link.img")).expect("linked");
+    let refused = blockctl(dir.path(), &["move", "./link.img", "--to", "target"]).expect(2);
+    assert!(refused.err.contains("source/vm.img itself"), "{}", refused.err);
+    blockctl(dir.path(), &["move", "./link.img", "--to", "target", "--copy-only"]).expect(0);
+    assert_eq!(names(&dir.path().join("source")), ["vm.img"]);
+}
+
+#[test]
 fn options_for_live_moves_are_wrong_usage_for_a_file() {
     let dir = stage(8 * MIB);
     for option in [

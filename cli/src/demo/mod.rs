@@ -213,7 +213,7 @@ async fn act(
         target_sound: false,
         faults: Vec::new(),
     };
-    report.add_faults(&guest.faults);
+    report.add_faults("the guest's disk", &guest.faults);
     let content = guest.leave();
     daemon.client.detach("demo", false).await?;
     examine_target(stage, content, cancel, &mut report).await?;
@@ -361,7 +361,7 @@ async fn examine_target(
     })
     .await?;
     report.target_sound = sound && faults.mismatches == 0;
-    report.add_faults(&faults);
+    report.add_faults("the target's file", &faults);
     Ok(())
 }
 

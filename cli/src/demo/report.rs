@@ -90,11 +90,11 @@ impl GuestReport {
 }
 
 impl Report {
-    /// Takes over what went wrong as the guest saw it.
-    pub(super) fn add_faults(&mut self, faults: &Faults) {
+    /// Takes over what went wrong, seen `through` the guest's disk or the target's file.
+    pub(super) fn add_faults(&mut self, through: &str, faults: &Faults) {
         self.mismatches += faults.mismatches;
         self.errors += faults.errors;
-        let told = faults.examples.iter().map(|m| format!("at byte {}: {}", m.offset, m.message));
+        let told = faults.examples.iter().map(|m| format!("{through}, at byte {}: {}", m.offset, m.message));
         self.faults.extend(told);
     }
 
