@@ -19,7 +19,9 @@ fn end_on_panics_of_the_data_path() {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or_default();
         if ["io-", "move-", "vhost-", "maintenance"].iter().any(|prefix| name.starts_with(prefix)) {
-            eprintln!("blockd: {name} has panicked: the daemon ends; start it again, it recovers its disks and moves");
+            eprintln!(
+                "blockd: {name} has panicked: the daemon ends; start it again, it recovers its disks and moves"
+            );
             std::process::abort();
         }
     }));

@@ -84,6 +84,14 @@ impl JournalFile {
         Ok(())
     }
 
+    /// Removes the journal of a move that never began.
+    pub fn discard(self) {
+        let removed = std::fs::remove_file(&self.path).and_then(|()| sync_dir(dir_of(&self.path)));
+        if let Err(e) = removed {
+            tracing::warn!(journal = %self.path.display(), "cannot be removed: {e}");
+        }
+    }
+
     /// All of it, for a receipt.
     pub fn bytes(&self) -> io::Result<Vec<u8>> {
         std::fs::read(&self.path)

@@ -208,8 +208,20 @@ impl Move {
         }
         let config = plan.config(disk.geometry().virtual_size);
         config.check().map_err(|e| DiskError::new(ErrorKind::InvalidParameter, e.to_string()))?;
-        let journal = JournalFile::open(moves_dir, &plan.job)?;
-        let target = make_target(&plan, &disk)?;
+        // The plan comes first: whatever a crash leaves of the target is found by it.
+        let mut journal = JournalFile::open(moves_dir, &plan.job)?;
+        let target = journal
+            .append(&mirror::Record::plan(&config))
+            .map_err(|e| DiskError::new(ErrorKind::Io, format!("the journal cannot be written: {e}")))
+            .and_then(|()| make_target(&plan, &disk));
+        let target = match target {
+            Ok(target) => target,
+            Err(e) => {
+                // Nothing has begun, so nothing is to be remembered.
+                journal.discard();
+                return Err(e);
+            }
+        };
         let (send, actions) = tokio::sync::mpsc::unbounded_channel();
         let disk_shared = disk.shared().clone();
         let source = disk_shared.route.load().source().clone();

@@ -75,27 +75,21 @@ fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recover
         records.iter().try_for_each(|r| journal.append(r)).map_err(failed)
     };
     match decision {
-        Recovery::Nothing => {
-            let reason = |r: &Record| match r {
-                Record::Failed { reason } => Some(reason.clone()),
-                _ => None,
-            };
-            let cancelled = records.contains(&Record::Cancelled);
-            let over = over(&plan, &records, cancelled, records.iter().find_map(reason));
-            recovered.jobs.push(over);
-        }
+        Recovery::Nothing => recovered.jobs.push(over(&plan, &records)),
         Recovery::SourceIsDisk { restart, finish_copy: true } => {
             debug_assert!(!restart, "a copy that is complete is not begun again");
             rename_durably(&plan.temporary(), &plan.target).map_err(failed)?;
             let receipt = mirror::Receipt { verified: plan.verify, ..mirror::Receipt::default() };
             append(&[Record::TargetFinished, Record::Done { receipt }])?;
-            recovered.jobs.push(over(&plan, &records, false, None));
+            recovered.jobs.push(over(&plan, &records));
         }
         Recovery::SourceIsDisk { restart, .. } => {
             remove_durably(&plan.temporary()).map_err(failed)?;
             if restart {
                 tracing::info!(job, disk = plan.disk, "the move was interrupted and begins again");
                 recovered.restart.push(plan);
+            } else {
+                recovered.jobs.push(over(&plan, &records));
             }
         }
         Recovery::TargetIsDisk { finish, delete_source } => {
@@ -130,14 +124,19 @@ fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recover
             };
             further.push(Record::Done { receipt });
             append(&further)?;
-            recovered.jobs.push(over(&plan, &records, false, None));
+            recovered.jobs.push(over(&plan, &records));
         }
     }
     Ok(())
 }
 
 /// A move that is over, as its journal tells.
-fn over(plan: &MovePlan, records: &[Record], cancelled: bool, failed: Option<String>) -> Job {
+fn over(plan: &MovePlan, records: &[Record]) -> Job {
+    let cancelled = records.contains(&Record::Cancelled);
+    let failed = records.iter().find_map(|r| match r {
+        Record::Failed { reason } => Some(reason.clone()),
+        _ => None,
+    });
     let receipt = records.iter().find_map(|r| match r {
         Record::Done { receipt } => Some(receipt.clone()),
         _ => None,
