@@ -91,7 +91,8 @@ impl Control {
             }
             Action::FlushTarget => {
                 self.disk.shared().counters.take_longest_us();
-                Event::TargetFlushed(target.image().commit().map_err(|e| e.to_string()))
+                let flushed = target.image().commit().map_err(|e| e.to_string());
+                Event::TargetFlushed(this.shared.target_flushed(flushed))
             }
             Action::FinishTarget => Event::TargetFinished(self.finish_target()),
             Action::DeleteSource => {
@@ -111,6 +112,7 @@ impl Control {
             Action::Copy { .. }
             | Action::Verify { .. }
             | Action::Wake(_)
+            | Action::FlushSourceOnly
             | Action::StartWrite { .. }
             | Action::CompleteWrite { .. } => return None,
         })

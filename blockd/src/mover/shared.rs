@@ -54,6 +54,8 @@ pub struct MoveShared {
     marks: Marks,
     /// Whether guest flushes have to go to both images.
     flush_target: AtomicBool,
+    /// Whether a flush of the target has failed: what that has lost no later flush brings back, though it may succeed.
+    flush_lost: AtomicBool,
     actions: UnboundedSender<Action>,
     mailboxes: Vec<Arc<Mailbox>>,
     route: Arc<ArcSwap<Route>>,
@@ -78,6 +80,7 @@ impl MoveShared {
             started: Instant::now(),
             marks: Marks::new(config.extent_count()),
             flush_target: AtomicBool::new(false),
+            flush_lost: AtomicBool::new(false),
             actions,
             mailboxes,
             route,
@@ -111,6 +114,23 @@ impl MoveShared {
         self.flush_target.load(Ordering::SeqCst)
     }
 
+    /// What a flush of the target counts as that ended like this.
+    ///
+    /// # Errors
+    /// Its own error, or that of an earlier flush since the move last gave up on what had been flushed.
+    pub fn target_flushed(&self, ended: Result<(), String>) -> Result<(), String> {
+        match ended {
+            Err(e) => {
+                self.flush_lost.store(true, Ordering::SeqCst);
+                Err(e)
+            }
+            Ok(()) if self.flush_lost.load(Ordering::SeqCst) => {
+                Err("an earlier flush of the target has failed, and may have lost something".into())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     /// Tells the machine what happened, and sets in motion what it answers.
     pub fn apply(self: &Arc<Self>, event: Event) {
         self.apply_from(None, event, &mut Vec::new());
@@ -136,6 +156,10 @@ impl MoveShared {
                 match &action {
                     Action::SetRoute(kind) => self.set_route(*kind),
                     Action::FlushTarget => self.flush_target.store(true, Ordering::SeqCst),
+                    Action::FlushSourceOnly => {
+                        self.flush_target.store(false, Ordering::SeqCst);
+                        self.flush_lost.store(false, Ordering::SeqCst);
+                    }
                     _ => {}
                 }
                 // The receiver goes only when the machine has ended and emits nothing any more.

@@ -87,6 +87,10 @@ impl Worker {
     fn note_syncs(&mut self, slot: &mut Slot, route: &Route) {
         for (side, image) in [(Side::Source, Some(route.source())), (Side::Target, route.target())] {
             let token = slot.tokens[side as usize].take();
+            if let (Side::Target, Some(_), Route::Mirrored { moving, .. }) = (side, token, route) {
+                let ended = slot.target_error.take().map_or(Ok(()), Err);
+                slot.target_error = moving.target_flushed(ended).err();
+            }
             let failed = match side {
                 Side::Source => &slot.source_error,
                 Side::Target => &slot.target_error,
