@@ -1,6 +1,7 @@
 //! The control API's client: HTTP/1.1 with JSON over the daemon's Unix socket, one connection a request.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use blockd_api::{AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt};
 use bytes::Bytes;
@@ -16,6 +17,8 @@ use crate::failure::Failure;
 
 /// The longest answer that is read into memory: far more than any list of disks or jobs needs.
 const MAX_ANSWER_BYTES: usize = 64 << 20;
+/// How long a question may wait for its answer.
+const ANSWER: Duration = Duration::from_secs(30);
 /// The longest line of the stream of events.
 const MAX_EVENT_BYTES: usize = 1 << 20;
 
@@ -112,7 +115,14 @@ impl Client {
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.send::<(), T>(Method::GET, path, None).await
+        // What is only looked up takes no time, where an order may have to wait for a disk.
+        let answer = self.send::<(), T>(Method::GET, path, None);
+        tokio::time::timeout(ANSWER, answer).await.unwrap_or_else(|_| {
+            let socket = self.socket.display();
+            let message =
+                format!("the daemon at {socket} has not answered for {} s; see its log", ANSWER.as_secs());
+            Err(Failure::new("unreachable", message))
+        })
     }
 
     async fn send<B: Serialize, T: DeserializeOwned>(

@@ -67,9 +67,6 @@ pub(crate) struct AttachArgs {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
-    /// A folder in which parents of the image may be opened; repeatable
-    #[arg(long, value_name = "DIR")]
-    parents: Vec<PathBuf>,
 }
 
 /// `blockctl disk ...`
@@ -114,7 +111,7 @@ fn request(args: AttachArgs) -> Result<AttachRequest, Failure> {
         queues: args.queues,
         io_threads: args.io_threads,
         read_only: args.read_only,
-        parents: args.parents.iter().map(|dir| paths::for_daemon(dir)).collect::<Result<_, _>>()?,
+        parents: Vec::new(),
     })
 }
 
