@@ -180,9 +180,13 @@ pub enum Event {
         /// How it ended on the target; `None` if it went to the source only.
         target: Option<Result<(), String>>,
     },
-    /// A guest's flush under [`Route::Mirrored`] failed on the target (on the source it may have succeeded or failed).
-    /// From [`Action::FlushTarget`] on, such flushes must go to both disks; before it, they may. It is answered by
-    /// [`Action::CompleteWrite`] with this id, at once or, while the commit is being recorded, later.
+    /// A guest's flush under [`Route::Mirrored`] that went to both disks failed on the target (on the source it may have
+    /// succeeded or failed). It is answered by [`Action::CompleteWrite`] with this id, at once or, while the commit is
+    /// being recorded, later.
+    ///
+    /// What a failed flush has lost no later flush brings back, though it may report success. So from the first one that
+    /// fails until [`Action::FlushSourceOnly`] every flush of the target that ends counts as failed: the guest's own, and
+    /// that of [`Action::FlushTarget`].
     FlushFailed {
         /// Its name, of the same kind as a write's.
         id: WriteId,
@@ -262,9 +266,12 @@ pub enum Action {
         /// Whose result the guest gets: the source's before the commit, the target's after it.
         result_of: Side,
     },
-    /// Make all that has reached the target durable: [`Event::TargetFlushed`]. From here on a guest's flush goes to both
-    /// disks under [`Route::Mirrored`].
+    /// Make all that has reached the target durable: [`Event::TargetFlushed`]. From before that flush begins a guest's
+    /// flush under [`Route::Mirrored`] goes to both disks (before, it goes to the source only).
     FlushTarget,
+    /// From here on a guest's flush under [`Route::Mirrored`] goes to the source only again, and flushes of the target that
+    /// failed before are forgotten: what they may have lost is dirty.
+    FlushSourceOnly,
     /// Append this to the journal, durably: [`Event::Recorded`]. One at a time.
     Record(Record),
     /// Give the target its final name, durably, and make it the disk's image in the disk's record (but for a copy):

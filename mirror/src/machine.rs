@@ -57,6 +57,8 @@ pub struct Machine {
     is_initial_done: bool,
     verifier: Verifier,
     flush: Flush,
+    /// Guest flushes go to both disks.
+    flushes_both: bool,
     decision: Decision,
     /// Writes (and flushes) that ended, but not well on both disks, while it is not known whether the commit is durable.
     held: Vec<WriteId>,
@@ -178,6 +180,7 @@ impl Machine {
             is_initial_done: false,
             verifier: Verifier::new(&config),
             flush: Flush::None,
+            flushes_both: false,
             decision: Decision::Open,
             held: Vec::new(),
             next_id: 0,
@@ -357,9 +360,11 @@ impl Machine {
 
     /// Nothing that was written to the target can be relied on: after a failed flush it may be lost, even if a later
     /// flush succeeds.
-    fn mark_all_dirty(&mut self) {
+    fn mark_all_dirty(&mut self, actions: &mut Vec<Action>) {
         self.dirty.insert_range(0..self.extents);
         self.verifier.restart();
+        self.flushes_both = false;
+        actions.push(Action::FlushSourceOnly);
     }
 
     /// Whether there is a way back and the move has not taken it.

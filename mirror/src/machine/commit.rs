@@ -20,6 +20,9 @@ impl Machine {
             Flush::None | Flush::Done => Flush::None,
             Flush::InFlight { .. } => Flush::InFlight { covers_all: false },
         };
+        if std::mem::take(&mut self.flushes_both) {
+            actions.push(Action::FlushSourceOnly);
+        }
         // Guards are for sides that are held equal.
         self.drop_waiting_others();
         self.start_ready(actions);
@@ -53,6 +56,7 @@ impl Machine {
     fn flush_target(&mut self, actions: &mut Vec<Action>) {
         assert!(self.flush == Flush::None, "one flush of the target at a time");
         self.flush = Flush::InFlight { covers_all: true };
+        self.flushes_both = true;
         actions.push(Action::FlushTarget);
     }
 
@@ -70,7 +74,7 @@ impl Machine {
             Ok(()) if covers_all => self.flush = Flush::Done,
             Ok(()) => {}
             Err(error) if self.is_open() => {
-                self.mark_all_dirty();
+                self.mark_all_dirty(actions);
                 self.target_failed(now, error, actions);
             }
             Err(error) if self.stage == Stage::Detaching => {

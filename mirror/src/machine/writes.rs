@@ -153,7 +153,7 @@ impl Machine {
             Decision::Asked if self.route == Route::Mirrored => self.held.push(id),
             _ => {
                 if self.is_open() {
-                    self.mark_all_dirty();
+                    self.mark_all_dirty(actions);
                     self.target_failed(now, error, actions);
                 } else if self.stage == Stage::Detaching {
                     self.fail(format!("the target failed as the copy was being completed: {error}"), actions);

@@ -20,22 +20,19 @@ pub struct Disk {
     sectors: Vec<Sector>,
     /// It was deleted: nothing may touch it any more.
     pub is_deleted: bool,
-    /// Flushes that failed so far.
-    pub failed_flushes: u32,
 }
 
 /// What a flush covers: taken when it begins.
 #[derive(Debug, Clone)]
 pub struct FlushMark {
     counts: Vec<u32>,
-    failed_flushes: u32,
 }
 
 impl Disk {
     /// A disk of so many sectors, all zero and durable.
     pub fn new(sectors: u32) -> Self {
         let sector = Sector { maybe: vec![0], ..Sector::default() };
-        Self { sectors: vec![sector; sectors as usize], is_deleted: false, failed_flushes: 0 }
+        Self { sectors: vec![sector; sectors as usize], is_deleted: false }
     }
 
     /// What is read back.
@@ -56,7 +53,7 @@ impl Disk {
     pub fn flush_begins(&self) -> FlushMark {
         assert!(!self.is_deleted, "a deleted disk is flushed");
         let count = |sector: &Sector| sector.dropped + sector.maybe.len() as u32 - 1;
-        FlushMark { counts: self.sectors.iter().map(count).collect(), failed_flushes: self.failed_flushes }
+        FlushMark { counts: self.sectors.iter().map(count).collect() }
     }
 
     /// It succeeds: what had landed by its beginning is durable.
@@ -72,21 +69,27 @@ impl Disk {
 
     /// It fails: some of what was not durable will never be, whatever later flushes say.
     pub fn flush_fails(&mut self, dice: &mut Dice) {
-        self.failed_flushes += 1;
         for sector in &mut self.sectors {
             sector.is_lost |= sector.maybe.len() > 1 && dice.one_in(2);
         }
-    }
-
-    /// Whether another flush has failed since this one began.
-    pub fn failed_since(&self, mark: &FlushMark) -> bool {
-        self.failed_flushes != mark.failed_flushes
     }
 
     /// Whether a power cut would leave this sector as it is read now.
     pub fn is_durable(&self, sector: u32) -> bool {
         let maybe = &self.sectors[sector as usize].maybe;
         maybe.iter().all(|value| Some(value) == maybe.last())
+    }
+
+    /// Losses that the guest was told of as its disk's own are no business of the next move.
+    pub fn forget_losses(&mut self) {
+        for sector in &mut self.sectors {
+            sector.is_lost = false;
+        }
+    }
+
+    /// All that this sector may hold after a power cut.
+    pub fn after_power_cut(&self, sector: u32) -> &[u32] {
+        &self.sectors[sector as usize].maybe
     }
 
     /// The power is cut: each sector keeps any of the things that it may hold.

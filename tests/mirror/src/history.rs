@@ -106,7 +106,7 @@ impl Faults {
             flush: chance(4, 700),
             scan: chance(24, 60),
             record: chance(4, 600),
-            finish: chance(6, 700),
+            finish: chance(6, 1000),
             delete: chance(6, 900),
             discard: chance(6, 900),
         }
@@ -152,6 +152,10 @@ pub(crate) struct Sim {
     pub(crate) next_request: u64,
     pub(crate) next_value: u32,
     depth: u32,
+    /// Once the faults have ended, the guest writes to one place without a break.
+    pub(crate) is_relentless: bool,
+    /// The faults have ended.
+    pub(crate) is_calm: bool,
     guest_budget: u32,
     pub(crate) jobs: Vec<Job>,
     pub(crate) journal: JournalFile,
@@ -162,8 +166,8 @@ pub(crate) struct Sim {
     pub(crate) epoch: u32,
     is_settled: bool,
     pub(crate) flush_both: bool,
-    /// Flushes of guests that failed on the target, and the machine does not know yet.
-    pub(crate) flush_failures_untold: u32,
+    /// A flush of the target has failed, and what it may have lost is not known to be dirty.
+    pub(crate) is_flush_lost: bool,
 
     pub(crate) is_scanned: bool,
     pub(crate) is_corrupted: bool,
@@ -172,7 +176,7 @@ pub(crate) struct Sim {
     decision_asked_at: Option<u32>,
     /// Somebody paused the move, and nobody has resumed it.
     is_paused: bool,
-    /// The guest was told that a flush failed, by what is now its disk: later flushes can't mend that.
+    /// What is the guest's disk now failed to flush, and says so: later flushes can't mend that.
     pub(crate) is_loss_told: bool,
     pub(crate) is_commit_durable: bool,
     pub(crate) is_finish_recorded: bool,
@@ -201,7 +205,7 @@ pub fn run(seed: u64, is_tracing: bool) -> Tally {
     let death = match sim.dice.below(6) {
         0 => Death::At(sim.dice.within(1, 700)),
         1 => Death::At(sim.dice.within(1, 150)),
-        2 => Death::AfterDecision(sim.dice.within(0, 40)),
+        2 => Death::AfterDecision(sim.dice.within(0, 50)),
         _ => Death::Never,
     };
     let end = sim.run_move(calm_at, death);
@@ -280,6 +284,8 @@ impl Sim {
             next_request: 1,
             next_value,
             depth: dice.within(1, 7),
+            is_relentless: dice.one_in(8),
+            is_calm: false,
             guest_budget: dice.within(0, 80),
             jobs: Vec::new(),
             journal: JournalFile::default(),
@@ -288,7 +294,7 @@ impl Sim {
             epoch: 0,
             is_settled: true,
             flush_both: false,
-            flush_failures_untold: 0,
+            is_flush_lost: false,
             is_scanned: false,
             is_corrupted: false,
             is_commit_asked: false,
@@ -365,6 +371,7 @@ impl Sim {
             self.limit = None;
             self.apply(Event::SetBandwidth(None));
         }
+        self.is_calm = true;
         self.guest_budget = u32::MAX;
     }
 
@@ -408,6 +415,9 @@ impl Sim {
             }
             _ => {}
         }
+        if self.is_relentless && is_calm && self.may_issue() {
+            return self.issue();
+        }
         let count = (self.requests.len() + self.jobs.len()) as u32;
         if count > 0 {
             let first = self.dice.below(count);
@@ -432,6 +442,12 @@ impl Sim {
         } else if let Some(at) = self.wake_at {
             self.now = self.now.max(at);
         } else {
+            let state = self.machine.state();
+            let waits_for_people = matches!(state, JobState::Paused { .. })
+                || state.is_final()
+                || self.config.switch == SwitchMode::Manual
+                || !is_calm;
+            assert!(waits_for_people, "the move stands still: {:?}", self.machine);
             self.control(is_calm);
         }
     }
@@ -457,7 +473,14 @@ impl Sim {
 
     /// Somebody does something to the job.
     fn control(&mut self, is_calm: bool) {
-        let event = match self.dice.below(if is_calm { 3 } else { 12 }) {
+        let state = self.machine.state();
+        let event = match self.dice.below(12) {
+            // Now people do what is needed, and only that: all else has to go by itself.
+            _ if is_calm && matches!(state, JobState::Paused { .. }) => Event::Resume,
+            _ if is_calm && self.config.switch == SwitchMode::Manual && state == JobState::Synced => {
+                Event::Switch
+            }
+            _ if is_calm => return,
             0 | 1 => Event::Resume,
             2 => Event::Switch,
             3 | 4 => Event::Pause,
@@ -510,6 +533,7 @@ impl Sim {
                 self.flush_both = true;
                 self.jobs.push(Job::Flush { mark: self.disks[1].flush_begins() });
             }
+            Action::FlushSourceOnly => (self.flush_both, self.is_flush_lost) = (false, false),
             Action::Record(record) => {
                 let is_one = !self.jobs.iter().any(|job| matches!(job, Job::Record(_)));
                 assert!(is_one, "two records at a time");
@@ -580,14 +604,28 @@ impl Sim {
             self.decision_asked_at.get_or_insert(self.steps);
         }
         if matches!(record, Record::Committed { .. }) {
-            self.is_commit_asked = true;
-            assert!(!self.is_paused, "a commit is asked for in a pause");
+            // It is asked for again while it is not known whether it is durable, whatever else is asked for meanwhile.
+            let is_first = !std::mem::replace(&mut self.is_commit_asked, true);
+            assert!(!self.is_paused || !is_first, "a commit is asked for in a pause");
             for sector in 0..self.sectors {
                 let is_equal = self.disks[0].read(sector) == self.disks[1].read(sector);
                 assert!(
                     is_equal || self.is_being_written(sector),
                     "M6: sector {sector} differs at the commit"
                 );
+            }
+        }
+    }
+
+    /// M9: whatever a power cut would leave on a disk that could be the authority has what the guest has flushed.
+    pub(crate) fn check_flushed(&self) {
+        let (source, target) = (!self.is_commit_durable, self.is_commit_asked && !self.is_loss_told);
+        let disks = [(0, source), (1, target)].into_iter().filter(|&(_, could_be)| could_be);
+        for (side, _) in disks {
+            for sector in 0..self.sectors {
+                for &value in self.disks[side].after_power_cut(sector) {
+                    self.oracle.check_after_power_cut(sector, value);
+                }
             }
         }
     }
@@ -758,6 +796,7 @@ impl Sim {
         let copy_extents = self.dice.within(1, 4);
         self.config = Config { copy_bytes_max: u64::from(copy_extents) * config.extent_size, ..config };
         self.machine = Machine::new(self.config.clone());
+        self.disks[0].forget_losses();
         self.disks[1] = Disk::new(self.sectors);
         self.journal = JournalFile::default();
         self.faults = Faults::default();
@@ -766,12 +805,13 @@ impl Sim {
         self.epoch += 1;
         self.is_settled = true;
         self.flush_both = false;
-        self.flush_failures_untold = 0;
+        self.is_flush_lost = false;
         self.is_scanned = false;
         self.is_corrupted = false;
         self.is_commit_asked = false;
         self.decision_asked_at = None;
         self.is_paused = false;
+        self.is_calm = false;
         self.is_loss_told = false;
         self.is_commit_durable = false;
         self.is_finish_recorded = false;

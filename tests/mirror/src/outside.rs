@@ -98,8 +98,9 @@ impl Sim {
                 } else {
                     self.disks[1].flush_succeeds(mark);
                 }
-                // A guest's flush that failed meanwhile, or was not told of yet, makes this one worthless.
-                let is_bad = is_bad || self.flush_failures_untold > 0 || self.disks[1].failed_since(mark);
+                // A guest's flush that failed meanwhile makes this one worthless.
+                self.is_flush_lost |= is_bad;
+                let is_bad = self.is_flush_lost;
                 Some(Event::TargetFlushed(if is_bad { Err("flush".into()) } else { Ok(()) }))
             }
             Job::Record(record) => Some(self.end_record(record)),
@@ -189,7 +190,10 @@ impl Sim {
         }
         self.journal.append(record);
         match record {
-            Record::Committed { .. } => self.is_commit_durable = true,
+            Record::Committed { .. } => {
+                self.is_commit_durable = true;
+                self.is_loss_told |= self.is_flush_lost;
+            }
             Record::TargetFinished => self.is_finish_recorded = true,
             _ => {}
         }

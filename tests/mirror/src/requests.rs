@@ -107,7 +107,13 @@ impl Sim {
     pub(crate) fn issue(&mut self) {
         let id = self.next_request;
         self.next_request += 1;
+        let is_relentless = self.is_relentless && self.is_calm;
         let (ask, sectors) = match self.dice.below(16) {
+            _ if is_relentless => {
+                self.next_value += 1;
+                let sector = (self.hot + self.dice.below(2)).min(self.sectors - 1);
+                (Ask::Write { value: self.next_value, kind: WriteKind::Write }, sector..sector + 1)
+            }
             0..=3 => (Ask::Read, self.some_sectors(12)),
             4..=10 => {
                 self.next_value += 1;
@@ -267,10 +273,14 @@ impl Sim {
             if let Some(mark) = transfer.mark.take() {
                 if transfer.failed {
                     self.disks[side].flush_fails(&mut self.dice);
-                    self.flush_failures_untold += 1;
+                    self.is_flush_lost = true;
+                    // The guest is going to be told by what is its disk now.
+                    self.is_loss_told |= self.is_commit_durable;
                 } else {
                     self.disks[side].flush_succeeds(&mark);
                 }
+                // Where one flush of the target has failed, no other one may claim to have made up for it.
+                transfer.failed |= side == 1 && self.is_flush_lost;
             }
         }
         if request.sides.iter().all(|transfer| transfer.is_done || !transfer.is_used) {
@@ -298,7 +308,6 @@ impl Sim {
                 self.apply(Event::WriteEnd { id, source_ok: is_ok, target });
             }
             Ask::Flush if route == Route::Mirrored && target_failed => {
-                self.flush_failures_untold -= 1;
                 self.requests[index].stage = Stage::Waiting;
                 self.apply(Event::FlushFailed { id, error: "flush".into() });
             }
@@ -332,8 +341,11 @@ impl Sim {
                 }
             }
             Ask::Write { .. } => self.oracle.write_ends(request.id, request.sectors, is_ok),
-            Ask::Flush if is_ok => self.oracle.flush_ends(request.begun),
-            Ask::Flush => self.is_loss_told = true,
+            Ask::Flush if is_ok => {
+                self.oracle.flush_ends(request.begun);
+                self.check_flushed();
+            }
+            Ask::Flush => {}
         }
     }
 
