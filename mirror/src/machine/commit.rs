@@ -239,7 +239,7 @@ impl Machine {
             bytes_total: self.config.disk_size,
             bytes_copied: self.counts.bytes_copied,
             bytes_mirrored: self.counts.bytes_mirrored,
-            bytes_skipped_zero: self.counts.bytes_skipped_zero,
+            bytes_skipped_zero: self.counts.bytes_skipped_zero.min(self.config.disk_size),
             bytes_verified: self.counts.bytes_verified,
             verified: self.config.verify,
             passes: self.counts.passes,

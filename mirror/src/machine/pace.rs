@@ -30,7 +30,8 @@ impl Pace {
         self.at = self.at.max(now);
         let Some(rate) = self.bytes_per_s else { return };
         let most = i128::from(rate) * i128::from(BURST_US);
-        self.credit = (self.credit + i128::from(rate) * i128::from(elapsed_us)).min(most);
+        let earned = i128::from(rate).saturating_mul(i128::from(elapsed_us));
+        self.credit = self.credit.saturating_add(earned).min(most);
     }
 
     pub(super) fn set(&mut self, now: Tick, bytes_per_s: Option<u64>) {
@@ -49,21 +50,21 @@ impl Pace {
         if self.credit >= 0 {
             return None;
         }
-        let wait_us = (-self.credit + rate - 1) / rate;
+        let wait_us = self.credit.saturating_neg().saturating_add(rate - 1) / rate;
         Some(now.plus_us(u64::try_from(wait_us).unwrap_or(u64::MAX)))
     }
 
     /// Work on this many bytes starts.
     pub(super) fn take(&mut self, bytes: u64) {
         if self.bytes_per_s.is_some() {
-            self.credit -= i128::from(bytes) * i128::from(US_PER_S);
+            self.credit = self.credit.saturating_sub(i128::from(bytes) * i128::from(US_PER_S));
         }
     }
 
     /// Work on this many bytes was to start and did not.
     pub(super) fn give_back(&mut self, bytes: u64) {
         if self.bytes_per_s.is_some() {
-            self.credit += i128::from(bytes) * i128::from(US_PER_S);
+            self.credit = self.credit.saturating_add(i128::from(bytes) * i128::from(US_PER_S));
         }
     }
 }

@@ -329,3 +329,83 @@ fn take_out(list: &mut Vec<Slot>, slot: Slot) {
         list.iter().position(|&other| other == slot).expect("an entry is in the lists of its extents");
     list.swap_remove(index);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXTENT: u64 = 4096;
+
+    /// A stream of pseudo-random numbers.
+    fn next(state: &mut u64) -> u64 {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        *state >> 33
+    }
+
+    fn some_work(state: &mut u64, id: u64) -> (Work, ExtentRange, (u64, u64)) {
+        let offset = next(state) % (600 * EXTENT);
+        let len_max = [512, EXTENT, 20 * EXTENT, 400 * EXTENT][(next(state) % 4) as usize];
+        let len = 1 + next(state) % len_max;
+        let extents = ExtentRange::touched_by(offset, len, EXTENT);
+        match next(state) % 5 {
+            0 => (Work::Copy(id), extents, (0, 0)),
+            1 => (Work::Guard(id), extents, (0, 0)),
+            _ => (Work::Write(id), extents, (offset, offset + len)),
+        }
+    }
+
+    /// The rule itself, by looking at everything: what may run is what conflicts with nothing earlier.
+    fn expected(model: &[(Work, ExtentRange, (u64, u64))]) -> Vec<Work> {
+        let conflict =
+            |a: &(Work, ExtentRange, (u64, u64)), b: &(Work, ExtentRange, (u64, u64))| match (a.0, b.0) {
+                (Work::Write(_), Work::Write(_)) => a.2.0 < b.2.1 && b.2.0 < a.2.1,
+                _ => a.1.overlaps(b.1),
+            };
+        let may_run =
+            |index: &usize| model[..*index].iter().all(|earlier| !conflict(earlier, &model[*index]));
+        (0..model.len()).filter(may_run).map(|index| model[index].0).collect()
+    }
+
+    #[test]
+    fn what_runs_is_what_conflicts_with_nothing_earlier() {
+        let mut state = 1;
+        for round in 0..60 {
+            let (mut queue, mut model, mut running) = (Queue::new(), Vec::new(), Vec::new());
+            for id in 0..400 {
+                let leaves = next(&mut state).is_multiple_of(2) && model.len() > (round % 30);
+                if leaves {
+                    let index = (next(&mut state) % model.len() as u64) as usize;
+                    let (work, ..): (Work, _, _) = model.remove(index);
+                    let slot = match work {
+                        Work::Write(id) => queue.write_slot(id),
+                        Work::Copy(id) | Work::Guard(id) => queue.other_slot(id),
+                    };
+                    queue.remove(slot.expect("it is in the queue"));
+                    running.retain(|&other| other != work);
+                } else {
+                    let (work, extents, bytes) = some_work(&mut state, id);
+                    queue.insert(work, extents, bytes);
+                    model.push((work, extents, bytes));
+                }
+                while let Some(slot) = queue.next_ready() {
+                    running.push(queue.entry(slot).work);
+                }
+                let expected = expected(&model);
+                assert_eq!(running.len(), expected.len(), "{running:?} run, {expected:?} may");
+                assert!(expected.iter().all(|work| running.contains(work)));
+                check_holders(&queue, &model, (next(&mut state) % 620) as u32);
+            }
+        }
+    }
+
+    fn check_holders(queue: &Queue, model: &[(Work, ExtentRange, (u64, u64))], extent: u32) {
+        let holders = || model.iter().filter(|(_, extents, _)| extents.contains(extent));
+        let is_written = holders().all(|(work, ..)| matches!(work, Work::Write(_)));
+        let expected = holders().map(|(_, extents, _)| extents.end()).max().map(|end| (end, is_written));
+        assert_eq!(queue.holder(extent), expected);
+        assert_eq!(
+            queue.copies() as usize,
+            model.iter().filter(|(work, ..)| matches!(work, Work::Copy(_))).count()
+        );
+    }
+}

@@ -100,7 +100,8 @@ impl Machine {
             bytes_copied: self.counts.bytes_copied,
             bytes_mirrored: self.counts.bytes_mirrored,
             bytes_dirty,
-            bytes_skipped_zero: self.counts.bytes_skipped_zero,
+            // What is copied several times may be zeroes each time.
+            bytes_skipped_zero: self.counts.bytes_skipped_zero.min(self.config.disk_size),
             rate_bytes_per_s,
             eta_s: (rate_bytes_per_s > 0).then(|| bytes_left.div_ceil(rate_bytes_per_s.max(1))),
             passes: self.counts.passes,

@@ -116,3 +116,68 @@ fn is_allowed(writes: &[Written], value: u32, by: u32) -> bool {
         written.value == value && !writes.iter().any(is_overwritten)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One sector: 7 at first, then 8 is written, then 9 while a write of 10 stays in flight.
+    fn oracle() -> (Oracle, u32) {
+        let mut oracle = Oracle::new([7].into_iter());
+        oracle.write_begins(1, 0..1, 8);
+        oracle.write_ends(1, 0..1, true);
+        let between = oracle.tick();
+        oracle.write_begins(2, 0..1, 9);
+        oracle.write_begins(3, 0..1, 10);
+        oracle.write_ends(2, 0..1, true);
+        (oracle, between)
+    }
+
+    #[test]
+    fn a_read_may_see_what_is_in_flight_and_what_was_written_last() {
+        let (mut oracle, between) = oracle();
+        oracle.check(0, 8, between, "a read that began before the write of 9");
+        let now = oracle.tick();
+        oracle.check(0, 9, now, "a read");
+        oracle.check(0, 10, now, "a read");
+    }
+
+    #[test]
+    #[should_panic(expected = "a read of sector 0 found 8")]
+    fn a_read_never_sees_what_was_overwritten() {
+        let (mut oracle, _) = oracle();
+        let now = oracle.tick();
+        oracle.check(0, 8, now, "a read");
+    }
+
+    #[test]
+    #[should_panic(expected = "a read of sector 0 found 9")]
+    fn what_was_read_once_is_what_is_there() {
+        let (mut oracle, _) = oracle();
+        oracle.write_ends(3, 0..1, true);
+        let begun = oracle.tick();
+        oracle.read(0, 10, begun);
+        let begun = oracle.tick();
+        oracle.read(0, 9, begun);
+    }
+
+    #[test]
+    fn a_power_cut_takes_back_what_was_not_flushed() {
+        let (mut oracle, between) = oracle();
+        for value in 7..=10 {
+            oracle.check_after_power_cut(0, value);
+        }
+        oracle.flush_ends(between);
+        for value in 8..=10 {
+            oracle.check_after_power_cut(0, value);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "after a power cut sector 0 holds 7")]
+    fn a_power_cut_leaves_what_was_flushed() {
+        let (mut oracle, between) = oracle();
+        oracle.flush_ends(between);
+        oracle.check_after_power_cut(0, 7);
+    }
+}

@@ -75,3 +75,10 @@ fn assert_rare_things_happened(tally: &Tally) {
         assert!(times >= 20, "{what}: only {times} in {} histories", tally.histories);
     }
 }
+
+#[test]
+fn a_seed_is_always_the_same_history() {
+    for seed in 0..100 {
+        assert_eq!(run(seed, false), run(seed, false), "seed {seed}");
+    }
+}
