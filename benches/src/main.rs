@@ -1,2 +1,144 @@
-//! x
-fn main() {}
+//! `blockd-bench`: what moves cost, beside what would be used instead.
+//!
+//! ```text
+//!   moving, thin, all      the questions
+//!         │
+//!       trial              one move by one contender: fill, load, move, verify
+//!       │   │
+//!     load  server         the guest; who serves: blockd (events), rival (qmp)
+//!         │
+//!    report, table         figures and tables, with the machine they are of
+//! ```
+//!
+//! A figure counts only if the data was right: every read is checked while the disk moves, every sector afterwards, and
+//! the program ends with 1 when anything was wrong. Run it from a release build, with blockd beside it or in `BLOCKD_BIN`.
+#![forbid(unsafe_code)]
+
+mod all;
+mod blockd;
+mod choice;
+mod events;
+mod interrupt;
+mod load;
+mod machine;
+mod moving;
+mod process;
+mod qmp;
+mod report;
+mod rival;
+mod server;
+mod size;
+mod table;
+mod thin;
+mod trial;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use all::Results;
+use choice::{Common, Kind, parse_pair};
+
+/// Measures moves of disks by blockd, beside qemu-storage-daemon where it is installed.
+#[derive(Debug, Parser)]
+#[command(
+    name = "blockd-bench",
+    version,
+    after_help = "Example: blockd-bench move --size 4G --from vhd --to vhdx"
+)]
+struct Cli {
+    #[command(subcommand)]
+    question: Question,
+}
+
+#[derive(Debug, Subcommand)]
+enum Question {
+    /// A full disk is moved under a busy guest
+    Move {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        load: moving::Load,
+        /// What the disk is first
+        #[arg(long, value_enum, default_value = "vhd")]
+        from: Kind,
+        /// What the disk becomes
+        #[arg(long, value_enum, default_value = "vhdx")]
+        to: Kind,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// A large disk that holds little is moved without load
+    Thin {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        thin: thin::Thin,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Everything, as a document
+    All {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        load: moving::Load,
+        #[command(flatten)]
+        thin: thin::Thin,
+        /// Formats of source and target, as vhd:vhdx; repeatable
+        #[arg(long = "pair", value_parser = parse_pair, default_values = ["vhd:vhdx", "vhdx:vhdx", "raw:raw"])]
+        pairs: Vec<(Kind, Kind)>,
+        /// The document; the figures go beside it, with the ending .json
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match answer(cli.question) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => {
+            eprintln!("blockd-bench: something was wrong: see the lines that begin with WRONG");
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("blockd-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Returns whether everything was right.
+fn answer(question: Question) -> Result<bool> {
+    interrupt::install()?;
+    let sound = match question {
+        Question::Move { common, load, from, to, json } => {
+            let mut results = Results::new(&common)?;
+            println!("{}", results.machine);
+            results.add(moving::run(&common, &load, from, to)?);
+            json.map_or(Ok(()), |path| results.write_json(&path))?;
+            results.is_sound()
+        }
+        Question::Thin { common, thin, json } => {
+            let mut results = Results::new(&common)?;
+            println!("{}", results.machine);
+            results.add(thin::run(&common, &thin)?);
+            json.map_or(Ok(()), |path| results.write_json(&path))?;
+            results.is_sound()
+        }
+        Question::All { common, load, pairs, thin, out } => {
+            let mut results = Results::new(&common)?;
+            let outcome = all::run(&mut results, &common, &load, &pairs, &thin);
+            // What was measured before a failure is kept.
+            results.write_document(&out)?;
+            outcome?;
+            results.is_sound()
+        }
+    };
+    Ok(sound)
+}

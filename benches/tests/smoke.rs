@@ -1,0 +1,54 @@
+//! The benchmark itself, on a disk so small that it says nothing about speed: does it run, and is the data right?
+
+use std::process::Command;
+
+#[test]
+fn a_small_move_is_measured_and_leaves_nothing_behind() {
+    if let Err(error) = system_tests::daemon::binary("blockd", "BLOCKD_BIN") {
+        println!("SKIPPED: {error:#}");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let json = tempfile::NamedTempFile::new().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(["move", "--size", "32M", "--rate", "1000", "--before", "1", "--after", "1", "--from", "raw"])
+        .args(["--to", "vhd", "--patience", "20", "--dir"])
+        .arg(dir.path())
+        .arg("--json")
+        .arg(json.path())
+        .output()
+        .unwrap();
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{complained}");
+    println!("{said}");
+
+    let results: serde_json::Value = serde_json::from_slice(&std::fs::read(json.path()).unwrap()).unwrap();
+    let moved = &results["comparisons"][0]["blockd"];
+    assert_eq!(moved["faults"].as_array().unwrap().len(), 0);
+    assert_eq!(moved["told"]["source_deleted"], true);
+    let phases = moved["phases"].as_array().unwrap();
+    let names: Vec<_> = phases.iter().map(|phase| phase["phase"].as_str().unwrap()).collect();
+    assert_eq!(names.first(), Some(&"before"));
+    assert_eq!(names.last(), Some(&"after"));
+    assert!(names.contains(&"copying") && names.contains(&"switch"), "{names:?}");
+    assert!(phases.iter().map(|phase| phase["requests"].as_u64().unwrap()).sum::<u64>() > 1000);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "something was left behind");
+}
+
+#[test]
+fn a_disk_that_does_not_fit_is_refused_with_a_way_out() {
+    if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
+        println!("SKIPPED: blockd is not built");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(["move", "--size", "2000G", "--rival", "none", "--dir"])
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(complained.contains("--dir") && complained.contains("--size"), "{complained}");
+}
