@@ -17,6 +17,9 @@
 //! equality of the sides wherever the machine says so, which transfers are in flight beside which, what the journal
 //! says after a death, and that a move ends once the faults have.
 
+mod checks;
+mod chosen;
+mod death;
 pub mod dice;
 pub mod disk;
 pub mod history;
@@ -24,5 +27,7 @@ mod journal_file;
 pub mod oracle;
 mod outside;
 mod requests;
+mod tally;
 
-pub use history::{Tally, run};
+pub use history::run;
+pub use tally::Tally;
