@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -153,7 +155,40 @@ pub struct Daemon {
     child: Option<Child>,
     disks: Vec<DiskSpec>,
     starts: u32,
+    watchdog: Watchdog,
     _own_dir: Option<TempDir>,
+}
+
+/// Kills a daemon that lives for too long, so that a test that waits for it fails instead of hanging: the vhost crate's
+/// front end waits for answers without an end.
+#[derive(Debug)]
+struct Watchdog {
+    pid: Arc<AtomicU32>,
+    _over: mpsc::Sender<()>,
+}
+
+/// More than any test takes.
+const LIFETIME: Duration = Duration::from_secs(300);
+
+impl Watchdog {
+    fn start() -> Self {
+        let pid = Arc::new(AtomicU32::new(0));
+        let (over, receiver) = mpsc::channel::<()>();
+        let watched = pid.clone();
+        std::thread::spawn(move || {
+            if receiver.recv_timeout(LIFETIME) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let pid = i32::try_from(watched.load(Ordering::Relaxed)).unwrap_or(0);
+                if pid > 0 {
+                    eprintln!("a daemon lived for more than {LIFETIME:?}: it is killed");
+                    let _ = nix::sys::signal::kill(
+                        nix::unistd::Pid::from_raw(pid),
+                        nix::sys::signal::Signal::SIGKILL,
+                    );
+                }
+            }
+        });
+        Self { pid, _over: over }
+    }
 }
 
 impl Daemon {
@@ -173,7 +208,8 @@ impl Daemon {
     /// As [`Daemon::start`], with a program of the caller's choice.
     pub fn start_program(program: Program, dir: &Path, disks: Vec<DiskSpec>) -> Result<Self> {
         let dir = dir.to_owned();
-        let mut daemon = Self { program, dir, child: None, disks, starts: 0, _own_dir: None };
+        let watchdog = Watchdog::start();
+        let mut daemon = Self { program, dir, child: None, disks, starts: 0, watchdog, _own_dir: None };
         daemon.restart()?;
         Ok(daemon)
     }
@@ -225,6 +261,7 @@ impl Daemon {
     /// Kills the daemon as a crash would: it gets no chance to do anything.
     pub fn kill9(&mut self) {
         if let Some(mut child) = self.child.take() {
+            self.watchdog.pid.store(0, Ordering::Relaxed);
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -233,6 +270,7 @@ impl Daemon {
     /// Asks the daemon to end with SIGTERM and waits; returns whether it ended with 0.
     pub fn terminate(&mut self) -> Result<bool> {
         let Some(mut child) = self.child.take() else { return Ok(false) };
+        self.watchdog.pid.store(0, Ordering::Relaxed);
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
         let until = Instant::now() + Duration::from_secs(30);
@@ -273,6 +311,7 @@ impl Daemon {
         let log = File::options().create(true).append(true).open(self.log_path())?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = command.spawn().with_context(|| format!("start {:?}", command.get_program()))?;
+        self.watchdog.pid.store(child.id(), Ordering::Relaxed);
         self.child = Some(child);
         self.starts += 1;
         Ok(())

@@ -284,6 +284,11 @@ impl DirtyLog {
         }
     }
 
+    /// The memfd.
+    pub fn file(&self) -> &File {
+        self.mapping.file()
+    }
+
     /// The pages marked since the last call, in order; their marks are cleared.
     pub fn take(&self) -> Vec<u64> {
         let mut pages = Vec::new();
