@@ -228,6 +228,7 @@ fn accept_loop(socket: &UnixListener, stop: &EventFd, list: &Mutex<Vec<Connectio
 fn serve(stream: UnixStream, number: u64, common: &Arc<Common>) {
     let disk = &common.disk.id;
     tracing::info!(disk, session = number, "a front end connected");
+    let ours = stream.try_clone();
     let session = Session::new(number, common.clone());
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
     let why = loop {
@@ -242,4 +243,9 @@ fn serve(stream: UnixStream, number: u64, common: &Arc<Common>) {
         e => tracing::warn!(disk, session = number, "the front end was disconnected: {e}"),
     }
     session.lock().unwrap_or_else(PoisonError::into_inner).end();
+    // The list of connections holds the socket open still: without this a front end that was disconnected would wait
+    // for an answer for ever instead of coming back.
+    if let Ok(stream) = ours {
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+    }
 }
