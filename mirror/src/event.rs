@@ -282,7 +282,8 @@ pub enum Action {
     DeleteSource,
     /// Delete the target under its temporary name: [`Event::TargetDiscarded`]. It may be asked for again.
     DiscardTarget,
-    /// Call `apply` no later than at this time ([`Event::Tick`] will do).
+    /// Apply [`Event::Tick`] at this time or soon after it. One alarm is enough: of several, the earliest is kept, and each
+    /// tick asks anew for what is still to be waited for.
     Wake(Tick),
     /// The job's state is now another one.
     StateChanged(JobState),

@@ -86,7 +86,7 @@ pub struct Machine {
     pace: Pace,
     /// When the bandwidth limit allows more.
     pace_at: Option<Tick>,
-    /// The earliest outstanding [`Action::Wake`].
+    /// The caller's alarm: the earliest [`Action::Wake`] since the last [`Event::Tick`].
     wake_at: Option<Tick>,
     counts: Counts,
     meter: RateMeter,
@@ -214,9 +214,6 @@ impl Machine {
     /// When the caller breaks its side of the contract: an end of something that was not begun, a write outside the disk,
     /// a write that would need mirroring under a route that never mirrored.
     pub fn apply(&mut self, now: Tick, event: Event, actions: &mut Vec<Action>) {
-        if self.wake_at.is_some_and(|at| at <= now) {
-            self.wake_at = None;
-        }
         if self.retry_at.is_some_and(|at| at <= now) {
             self.retry_at = None;
         }
@@ -259,7 +256,8 @@ impl Machine {
             Event::Cancel => self.cancel(actions),
             Event::Switch => self.is_switch_asked = true,
             Event::SetBandwidth(limit) => self.pace.set(now, limit),
-            Event::Tick => {}
+            // The caller's alarm has gone off, and it has no other: what is still waited for is asked for anew.
+            Event::Tick => self.wake_at = None,
         }
     }
 

@@ -467,3 +467,21 @@ fn parameters_out_of_range_are_refused() {
         assert!(bad.check().is_err(), "{bad:?}");
     }
 }
+
+#[test]
+fn a_caller_with_one_alarm_never_misses_a_wake_up() {
+    let config = Config { on_target_error: OnTargetError::Retry, copies_in_flight_max: 2, ..config(4) };
+    let (mut bench, _) = Bench::scanned(Config { mode: MirrorMode::FromStart, ..config }, [0, 1]);
+    let failed = |id| Event::CopyEnd { id, result: CopyResult::TargetError("EIO".into()) };
+    assert_eq!(bench.apply(failed(1)), [Action::Wake(Tick(101_000))]);
+    assert_eq!(bench.apply(Event::Resume), [copy(3, 0, 1)]);
+    bench.now = Tick(50_000);
+    // The alarm is set for an earlier time than is needed now. It stays so, though that time passes amid other events ...
+    assert_eq!(bench.apply(failed(3)), []);
+    bench.now = Tick(101_000);
+    assert_eq!(bench.apply(Event::SetBandwidth(None)), []);
+    // ... until it goes off.
+    assert_eq!(bench.apply(Event::Tick), [Action::Wake(Tick(150_000))]);
+    bench.now = Tick(150_000);
+    assert_eq!(bench.apply(Event::Tick), [copy(4, 0, 1)]);
+}
