@@ -6,6 +6,8 @@ use std::sync::Arc;
 use formats::vhd::{self, CreateParams, Vhd, VhdState};
 use formats::{ErrorKind, Image, ImageType, Storage};
 use formats_tests::{SimDisk, SimStorage, read_payload, write_payload};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 
 const BLOCK: u64 = 4096;
 const BLOCKS: u64 = 4;
@@ -324,6 +326,68 @@ fn structures_with_any_byte_changed_neither_panic_nor_leave_the_file() {
     }
     println!("{opened} opened, {refused} refused");
     assert!(opened > 1000 && refused > 100, "{opened} {refused}");
+}
+
+/// Images with several fields changed at random: one that is accepted for writing holds what is written to it, keeps
+/// what was there, and is sound afterwards.
+#[test]
+fn what_is_accepted_for_writing_can_be_relied_on() {
+    let clean = dynamic();
+    let (mut accepted, mut refused) = (0, 0);
+    for seed in 0..6000 {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut disk = clean.clone();
+        for _ in 0..rng.random_range(1..4) {
+            scramble(&mut disk, &mut rng);
+        }
+        let sim = SimStorage::from_disk(disk);
+        let Ok(image) = open(&sim, false) else {
+            refused += 1;
+            continue;
+        };
+        accepted += 1;
+        let size = image.geometry().virtual_size;
+        let places: Vec<u64> =
+            (0..8).map(|n| n * BLOCK / 2).chain([size - 512]).filter(|at| at + 512 <= size).collect();
+        for (n, &at) in places.iter().enumerate() {
+            write_payload(&image, at, &[n as u8 + 1; 512]).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        }
+        image.close().unwrap();
+        let again = open(&sim, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let mut expected = std::collections::BTreeMap::new();
+        for (n, &at) in places.iter().enumerate() {
+            expected.insert(at, n as u8 + 1);
+        }
+        for (at, value) in expected {
+            assert_eq!(read_payload(&again, at, 512).unwrap(), [value; 512], "seed {seed}, {at}");
+        }
+        assert!(vhd::check(&*sim, false).unwrap().is_sound(), "seed {seed}");
+    }
+    println!("{accepted} accepted, {refused} refused");
+    assert!(accepted > 500 && refused > 500, "{accepted} {refused}");
+}
+
+/// Changes one field, or cuts the file, and renews the checksums.
+fn scramble(disk: &mut SimDisk, rng: &mut ChaCha8Rng) {
+    let end = disk.len();
+    let sectors = (end / 512) as u32;
+    match rng.random_range(0..6) {
+        0 => {
+            let entry = rng.random_range(0..sectors + 2);
+            disk.write(TABLE + 4 * rng.random_range(0..BLOCKS), &entry.to_be_bytes());
+        }
+        1 => in_header(disk, 16, &(512 * rng.random_range(0..u64::from(sectors))).to_be_bytes()),
+        2 => in_header(disk, 28, &rng.random_range(2u32..200).to_be_bytes()),
+        3 => in_header(disk, 32, &(512u32 << rng.random_range(0..6)).to_be_bytes()),
+        4 => in_footers(disk, 48, &(512 * rng.random_range(1u64..64)).to_be_bytes()),
+        _ => {
+            // Slack of any length between the last block and the footer, with rubbish in it.
+            let footer = bytes(disk, end - 512, 512);
+            let slack = 512 * rng.random_range(0..40u64);
+            disk.write(end - 512, &vec![0x3c; slack as usize]);
+            disk.write(end - 512 + slack, &footer);
+        }
+    }
 }
 
 #[test]
