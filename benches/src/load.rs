@@ -28,7 +28,7 @@ const CHUNK_DEPTH: usize = 16;
 /// One request in this many is a flush.
 const FLUSH_EVERY: u32 = 512;
 /// How long nothing may complete before the server counts as hung.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A request that is over.
 #[derive(Debug, Clone, Copy)]

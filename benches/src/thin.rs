@@ -26,9 +26,12 @@ pub struct Thin {
     /// What it holds, in 16 pieces
     #[arg(long, default_value = "1G", value_parser = parse_size)]
     pub held: u64,
+    /// Its format, which it keeps
+    #[arg(long, value_enum, default_value = "vhdx")]
+    pub format: Kind,
 }
 
-/// Moves a thin VHDX to another one, without load.
+/// Moves a thin disk to another image of its format, without load.
 ///
 /// # Errors
 /// When blockd can't be measured.
@@ -40,15 +43,19 @@ pub fn run(common: &Common, thin: &Thin) -> Result<Comparison> {
         show_size(thin.held),
         show_size(thin.size)
     );
-    let ours = trial(common, thin.size, thin.held);
+    let ours = trial(common, thin.format, thin.size, thin.held);
     machine::need_room(&ours.dir, thin.held * 4 + GIB)?;
     let full = common.rival == RivalChoice::Full || thin.size <= RIVAL_SIZE;
-    let theirs = if full { ours.clone() } else { trial(common, RIVAL_SIZE, RIVAL_HELD) };
+    let theirs = if full { ours.clone() } else { trial(common, thin.format, RIVAL_SIZE, RIVAL_HELD) };
     // The rival's target takes the disk's full size.
     let room = machine::need_room(&ours.dir, theirs.plan.size + theirs.held_bytes() * 2 + GIB);
     let no_rival = common.no_rival().or_else(|| room.err().map(|error| error.to_string()));
-    let mut question =
-        format!("A VHDX of {} that holds {} is moved", show_size(thin.size), show_size(thin.held));
+    let mut question = format!(
+        "A {} of {} that holds {} is moved",
+        thin.format.name().to_uppercase(),
+        show_size(thin.size),
+        show_size(thin.held)
+    );
     if no_rival.is_none() && !full {
         question.push_str(&format!(
             " (qemu-storage-daemon inflates the target to its full size, so that it was given {} holding {}: compare \
@@ -60,8 +67,8 @@ pub fn run(common: &Common, thin: &Thin) -> Result<Comparison> {
     compare(question, &ours, no_rival.map_or(Ok(&theirs), Err))
 }
 
-fn trial(common: &Common, size: u64, held: u64) -> Trial {
-    let image = Kind::Vhdx.image();
+fn trial(common: &Common, format: Kind, size: u64, held: u64) -> Trial {
+    let image = format.image();
     let plan = Plan {
         from: image,
         to: image,

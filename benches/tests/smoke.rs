@@ -1,6 +1,11 @@
 //! The benchmark itself, on a disk so small that it says nothing about speed: does it run, and is the data right?
 
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 #[test]
 fn a_small_move_is_measured_and_leaves_nothing_behind() {
@@ -51,4 +56,37 @@ fn a_disk_that_does_not_fit_is_refused_with_a_way_out() {
     assert_eq!(output.status.code(), Some(1));
     let complained = String::from_utf8_lossy(&output.stderr);
     assert!(complained.contains("--dir") && complained.contains("--size"), "{complained}");
+}
+
+#[test]
+fn a_signal_ends_the_run_and_nothing_is_left_behind() {
+    if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
+        println!("SKIPPED: blockd is not built");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(["move", "--size", "32M", "--from", "raw", "--to", "raw", "--rival", "none", "--before", "600"])
+        .arg("--dir")
+        .arg(dir.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let until = Instant::now() + Duration::from_secs(60);
+    let made = || walk(dir.path()).iter().any(|path| path.ends_with("disk.sock"));
+    while !made() {
+        assert!(Instant::now() < until, "blockd was not started within a minute");
+        assert!(bench.try_wait().unwrap().is_none(), "the benchmark ended by itself");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let pid = Pid::from_raw(i32::try_from(bench.id()).unwrap());
+    kill(pid, Signal::SIGTERM).unwrap();
+    assert_eq!(bench.wait().unwrap().code(), Some(1));
+    assert_eq!(walk(dir.path()), Vec::<PathBuf>::new());
+}
+
+fn walk(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { walk(&path) } else { vec![path] }).collect()
 }
