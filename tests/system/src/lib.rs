@@ -22,6 +22,7 @@ pub mod load;
 pub mod memory;
 pub mod model;
 pub mod ring;
+pub mod running;
 pub mod wire;
 
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -31,9 +32,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 pub use daemon::{Daemon, DiskSpec, Image};
 pub use front::{Base, FrontEnd, Options};
-pub use load::{LoadOptions, Mix, RunningLoad, VerifiedLoad};
+pub use load::{LoadOptions, Mix, VerifiedLoad};
 pub use memory::{DirtyLog, GuestMemory};
 pub use ring::{Request, Ring};
+pub use running::RunningLoad;
 
 /// Waits until `fd` can be read, at most `timeout`.
 pub fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! A guest notices nothing but a pause: every write that was acknowledged is there, and every request that was in flight
 //! is completed once. What tells the daemon which those are is the in-flight region, for requests complete in any order.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
 //! The tests' own load: does it get on, and does it see what it should?
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::time::{Duration, Instant};
 

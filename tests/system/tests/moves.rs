@@ -2,6 +2,7 @@
 //!
 //! Whatever happens to a move, every sector holds what was acknowledged; when it is done the target, read by another
 //! program, holds the same.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -570,7 +571,8 @@ fn a_move_that_cannot_be_made_is_refused_at_once_and_says_why() {
     let taken = bench.daemon.dir().join("taken.raw");
     std::fs::write(&taken, b"precious").unwrap();
     let here = bench.image();
-    let tries: [(&str, &dyn Fn(&mut MoveRequest)); 6] = [
+    type Change<'a> = &'a dyn Fn(&mut MoveRequest);
+    let tries: [(&str, Change<'_>); 6] = [
         ("exists", &|r| r.to = taken.display().to_string()),
         ("exists", &|r| r.to = here.display().to_string()),
         ("not-found", &|r| r.to = "/no/such/folder/disk.raw".into()),
