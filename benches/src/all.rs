@@ -97,7 +97,7 @@ pub fn run(
     common: &Common,
     load: &moving::Load,
     pairs: &[(Kind, Kind)],
-    thin: &thin::Thin,
+    thin: thin::Thin,
 ) -> Result<()> {
     for (from, to) in pairs {
         results.add(moving::run(common, load, *from, *to)?);

@@ -40,6 +40,8 @@ use clap::{Parser, Subcommand};
 
 use all::Results;
 use choice::{Common, Kind, parse_pair};
+use size::parse_size;
+use thin::Thin;
 
 /// Measures moves of disks by blockd, beside qemu-storage-daemon where it is installed.
 #[derive(Debug, Parser)]
@@ -75,8 +77,15 @@ enum Question {
     Thin {
         #[command(flatten)]
         common: Common,
-        #[command(flatten)]
-        thin: thin::Thin,
+        /// Size of the disk
+        #[arg(long, default_value = "64G", value_parser = parse_size)]
+        size: u64,
+        /// What it holds, in 16 pieces
+        #[arg(long, default_value = "1G", value_parser = parse_size)]
+        held: u64,
+        /// Its format, which it keeps
+        #[arg(long, value_enum, default_value = "vhdx")]
+        format: Kind,
         /// Also write the figures to this file
         #[arg(long)]
         json: Option<PathBuf>,
@@ -87,8 +96,15 @@ enum Question {
         common: Common,
         #[command(flatten)]
         load: moving::Load,
-        #[command(flatten)]
-        thin: thin::Thin,
+        /// Size of the thin disk
+        #[arg(long, default_value = "64G", value_parser = parse_size)]
+        thin_size: u64,
+        /// What the thin disk holds, in 16 pieces
+        #[arg(long, default_value = "1G", value_parser = parse_size)]
+        thin_held: u64,
+        /// The thin disk's format, which it keeps
+        #[arg(long, value_enum, default_value = "vhdx")]
+        thin_format: Kind,
         /// Formats of source and target, as vhd:vhdx; repeatable
         #[arg(long = "pair", value_parser = parse_pair, default_values = ["vhd:vhdx", "vhdx:vhdx", "raw:raw"])]
         pairs: Vec<(Kind, Kind)>,
@@ -124,16 +140,17 @@ fn answer(question: Question) -> Result<bool> {
             json.map_or(Ok(()), |path| results.write_json(&path))?;
             results.is_sound()
         }
-        Question::Thin { common, thin, json } => {
+        Question::Thin { common, size, held, format, json } => {
             let mut results = Results::new(&common)?;
             println!("{}", results.machine);
-            results.add(thin::run(&common, &thin)?);
+            results.add(thin::run(&common, Thin { size, held, format })?);
             json.map_or(Ok(()), |path| results.write_json(&path))?;
             results.is_sound()
         }
-        Question::All { common, load, pairs, thin, out } => {
+        Question::All { common, load, thin_size, thin_held, thin_format, pairs, out } => {
+            let thin = Thin { size: thin_size, held: thin_held, format: thin_format };
             let mut results = Results::new(&common)?;
-            let outcome = all::run(&mut results, &common, &load, &pairs, &thin);
+            let outcome = all::run(&mut results, &common, &load, &pairs, thin);
             // What was measured before a failure is kept.
             results.write_document(&out)?;
             outcome?;
@@ -141,4 +158,24 @@ fn answer(question: Question) -> Result<bool> {
         }
     };
     Ok(sound)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_options_do_not_contradict_each_other() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_questions() {
+        let cli = Cli::try_parse_from(["blockd-bench", "all", "--out", "results.md"]).unwrap();
+        let Question::All { load, pairs, thin_size, .. } = cli.question else { panic!("another question") };
+        assert_eq!((load.size, load.rate, load.depth, thin_size), (4 << 30, 5000, 32, 64 << 30));
+        assert_eq!(pairs[0], (Kind::Vhd, Kind::Vhdx));
+    }
 }

@@ -119,6 +119,11 @@ impl Comparison {
         std::iter::once(&self.blockd).chain(&self.rival)
     }
 
+    fn is_same_disk(&self) -> bool {
+        let disk = |moved: &Moved| (moved.disk_bytes, moved.held_bytes);
+        self.rival.as_ref().is_none_or(|rival| disk(rival) == disk(&self.blockd))
+    }
+
     fn phase_table(&self) -> Table {
         let header = [
             "server",
@@ -184,8 +189,10 @@ impl Comparison {
             if ours.is_none() && theirs.is_none() {
                 continue;
             }
-            let ratio =
-                ours.zip(theirs).filter(|(_, theirs)| *theirs != 0.0).map(|(ours, theirs)| ours / theirs);
+            // Of different disks only shares can be compared.
+            let comparable = self.is_same_disk() || name.contains('%');
+            let ratio = ours.zip(theirs).filter(|(_, theirs)| comparable && *theirs != 0.0);
+            let ratio = ratio.map(|(ours, theirs)| ours / theirs);
             table.row([name.to_owned(), maybe(ours), maybe(theirs), maybe(ratio)]);
         }
         let words: [Row<'_, String>; 5] = [
@@ -283,6 +290,18 @@ mod tests {
         assert_eq!(line("| source past"), "|sourcepastthepagecache|yes|yes||");
         assert!(!text.contains("passes"), "a figure that nobody has needs no row");
         assert!(comparison.is_sound());
+    }
+
+    #[test]
+    fn of_different_disks_only_shares_are_compared() {
+        let mut rival = moved(Contender::Rival, 4.0);
+        rival.disk_bytes *= 2;
+        let blockd = moved(Contender::Blockd, 1.0);
+        let comparison =
+            Comparison { question: "How thin?".into(), blockd, rival: Some(rival), no_rival: None };
+        let text = comparison.to_string().replace(' ', "");
+        assert!(text.contains("|secondsinall|2.00|8.00|–|"));
+        assert!(text.contains("|targetonthedisk,%ofthesource|50.0|50.0|1.00|"));
     }
 
     #[test]

@@ -1,13 +1,12 @@
 //! Does a disk that holds little stay small when it is moved, and does it move in the time of what it holds?
 
 use anyhow::{Result, ensure};
-use clap::Args;
 
 use crate::choice::{Common, Kind, RivalChoice, check_size, compare};
 use crate::machine;
 use crate::report::Comparison;
 use crate::server::Plan;
-use crate::size::{GIB, MIB, parse_size, show_size};
+use crate::size::{GIB, MIB, show_size};
 use crate::trial::Trial;
 
 /// Pieces in which the data lies, spread over the disk.
@@ -18,16 +17,13 @@ const RIVAL_SIZE: u64 = 4 * GIB;
 const RIVAL_HELD: u64 = 64 * MIB;
 
 /// The disk.
-#[derive(Debug, Clone, Args)]
+#[derive(Debug, Clone, Copy)]
 pub struct Thin {
-    /// Size of the disk
-    #[arg(long = "thin-size", id = "thin-size", alias = "size", default_value = "64G", value_parser = parse_size)]
+    /// Its size.
     pub size: u64,
-    /// What it holds, in 16 pieces
-    #[arg(long, default_value = "1G", value_parser = parse_size)]
+    /// What it holds, in 16 pieces.
     pub held: u64,
-    /// Its format, which it keeps
-    #[arg(long, value_enum, default_value = "vhdx")]
+    /// Its format, which it keeps.
     pub format: Kind,
 }
 
@@ -35,7 +31,7 @@ pub struct Thin {
 ///
 /// # Errors
 /// When blockd can't be measured.
-pub fn run(common: &Common, thin: &Thin) -> Result<Comparison> {
+pub fn run(common: &Common, thin: Thin) -> Result<Comparison> {
     check_size(thin.size)?;
     ensure!(
         thin.held <= thin.size && thin.held.is_multiple_of(PIECES * MIB),

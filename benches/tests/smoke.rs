@@ -1,5 +1,8 @@
 //! The benchmark itself, on a disk so small that it says nothing about speed: does it run, and is the data right?
 
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -84,6 +87,34 @@ fn a_signal_ends_the_run_and_nothing_is_left_behind() {
     kill(pid, Signal::SIGTERM).unwrap();
     assert_eq!(bench.wait().unwrap().code(), Some(1));
     assert_eq!(walk(dir.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn data_that_changes_behind_the_guests_back_is_noticed() {
+    if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
+        println!("SKIPPED: blockd is not built");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut bench = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(["move", "--size", "32M", "--from", "raw", "--to", "raw", "--rival", "none", "--rate", "200"])
+        .args(["--before", "4", "--after", "0", "--dir"])
+        .arg(dir.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = BufReader::new(bench.stderr.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains("blockd moves")), "it ended before it moved anything");
+    let source = walk(dir.path()).into_iter().find(|path| path.ends_with("source.raw")).unwrap();
+    let file = File::options().write(true).open(source).unwrap();
+    file.write_all_at(&[0x55; 1 << 20], 8 << 20).unwrap();
+    file.sync_all().unwrap();
+
+    let output = bench.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let report = String::from_utf8_lossy(&output.stdout);
+    assert!(report.contains("WRONG") && report.contains("Foreign"), "{report}");
 }
 
 fn walk(dir: &Path) -> Vec<PathBuf> {
