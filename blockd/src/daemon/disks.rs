@@ -325,7 +325,9 @@ impl Daemon {
     }
 
     fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
-        let disk = Disk::start(record.serve(), recover, self.disk_events(&record.spec.id))?;
+        let id = &record.spec.id;
+        let cache_on = !self.state.is_write_through(id);
+        let disk = Disk::start(record.serve(), recover, cache_on, self.disk_events(id))?;
         let format = disk.format();
         let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), job: Mutex::default() });
         if record.format != Some(format) {
@@ -350,7 +352,7 @@ impl Daemon {
     }
 
     fn disk_events(&self, id: &str) -> DiskEvents {
-        let (events, id) = (self.events.clone(), id.to_owned());
+        let (events, state, id) = (self.events.clone(), self.state.clone(), id.to_owned());
         // Called from the threads that serve guests, so nothing is written to the log here: whoever reads that may stall.
         Arc::new(move |event| {
             let (kind, message) = match event {
@@ -359,8 +361,14 @@ impl Daemon {
                 }
                 DiskEvent::Disconnected => ("disk-disconnected", "the front end is gone".to_owned()),
                 DiskEvent::Failed(why) => ("disk-failed", why),
+                DiskEvent::WriteCache(on) => {
+                    return state
+                        .set_write_through(&id, !on)
+                        .map_err(|e| format!("the write cache's state cannot be remembered: {e}"));
+                }
             };
             events.push(kind, Some(&id), None, message);
+            Ok(())
         })
     }
 

@@ -201,6 +201,7 @@ impl Daemon {
         let wanted = Wanted::read(request)?;
         let holds = request.disks.iter().map(|id| self.hold(id)).collect::<Result<Vec<_>, _>>()?;
         let plans = holds.iter().map(|h| wanted.plan(&h.source(), &h.job)).collect::<Result<Vec<_>, _>>()?;
+        let _one = lock(&self.starting);
         self.check_targets(&plans)?;
         let mut started: Vec<Arc<Move>> = Vec::new();
         for (hold, plan) in holds.into_iter().zip(plans) {
@@ -230,7 +231,7 @@ impl Daemon {
         };
         let started = self.hold_for(&disk, job.clone()).and_then(|hold| {
             let image = hold.served.disk.image_path();
-            if image != plan.source {
+            if image != plan.source || hold.served.generation() != plan.generation {
                 let message = format!(
                     "the disk is {} now, and the move was to read {}; start a new one",
                     image.display(),

@@ -54,6 +54,9 @@ pub struct Daemon {
     events: Arc<Events>,
     disks: Mutex<BTreeMap<String, Slot>>,
     jobs: Mutex<Jobs>,
+    /// Held while targets are looked at and moves to them are started: two that ask at once must not both find a name
+    /// free.
+    starting: Mutex<()>,
 }
 
 impl Daemon {
@@ -75,6 +78,7 @@ impl Daemon {
             state: Arc::new(state),
             api_socket: api_socket.to_owned(),
             events: Arc::default(),
+            starting: Mutex::default(),
             disks: Mutex::default(),
             jobs: Mutex::new(jobs),
         });

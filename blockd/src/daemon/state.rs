@@ -82,7 +82,7 @@ impl StateDir {
         let failed = |e: io::Error| {
             DaemonError::io(format!("the state directory {} can't be used", root.display()), &e)
         };
-        for dir in [root, &root.join("disks"), &root.join("moves")] {
+        for dir in [root, &root.join("disks"), &root.join("moves"), &root.join("cache")] {
             create_dir(dir).map_err(failed)?;
         }
         let state =
@@ -128,17 +128,47 @@ impl StateDir {
         replace(&self.record_path(&record.spec.id), &text)
     }
 
+    /// Whether the guest of a disk has its write cache off.
+    pub fn is_write_through(&self, id: &str) -> bool {
+        self.write_through_path(id).exists()
+    }
+
+    /// Remembers durably whether the guest of a disk has its write cache off.
+    ///
+    /// # Errors
+    /// Whatever the file system says.
+    pub fn set_write_through(&self, id: &str, off: bool) -> io::Result<()> {
+        let path = self.write_through_path(id);
+        if off {
+            OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&path)?.sync_all()?;
+        } else {
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        sync_dir(&self.root.join("cache"))
+    }
+
+    /// An empty file that is there while the guest has its write cache off.
+    fn write_through_path(&self, id: &str) -> PathBuf {
+        self.root.join("cache").join(format!("{id}.write-through"))
+    }
+
     /// Makes durable that a disk is another image now, as a move's journal tells. A disk that is not remembered any more
     /// is left so.
     ///
     /// # Errors
-    /// A damaged record, and whatever the file system says.
+    /// A damaged record, one that knows a newer image, and whatever the file system says.
     pub fn adopt(&self, id: &str, image: &Path, format: formats::Format, generation: u64) -> io::Result<()> {
         let path = self.record_path(id);
         if !path.exists() {
             return Ok(());
         }
         let mut record = read_record(&path, id).map_err(io::Error::other)?;
+        if record.generation > generation {
+            return Err(io::Error::other(format!("it knows generation {} already", record.generation)));
+        }
         if record.generation < generation {
             record.image = image.to_owned();
             record.format = Some(format);
@@ -153,6 +183,7 @@ impl StateDir {
     /// # Errors
     /// Whatever the file system says.
     pub fn remove(&self, id: &str) -> io::Result<()> {
+        self.set_write_through(id, false)?;
         match fs::remove_file(self.record_path(id)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => sync_dir(&self.root.join("disks")),

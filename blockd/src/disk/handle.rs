@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use formats::{ErrorKind, Format, Image, OpenOptions, Piece, Place};
 
@@ -75,6 +75,7 @@ pub struct ImageHandle {
     image: Arc<dyn Image>,
     files: Vec<PayloadFile>,
     path: Mutex<PathBuf>,
+    sync_failed: OnceLock<String>,
 }
 
 impl ImageHandle {
@@ -103,7 +104,12 @@ impl ImageHandle {
                     })?,
             );
         }
-        Ok(Arc::new(Self { image, files, path: Mutex::new(path.to_path_buf()) }))
+        Ok(Arc::new(Self {
+            image,
+            files,
+            path: Mutex::new(path.to_path_buf()),
+            sync_failed: OnceLock::new(),
+        }))
     }
 
     /// The map.
@@ -132,6 +138,23 @@ impl ImageHandle {
     /// The strictest alignment of memory that its files ask for.
     pub fn memory_align(&self) -> usize {
         self.files.iter().map(|f| f.memory_align).max().unwrap_or(1)
+    }
+
+    /// The strictest alignment of lengths that its files ask for.
+    pub fn offset_align(&self) -> usize {
+        self.files.iter().map(|f| f.offset_align as usize).max().unwrap_or(1)
+    }
+
+    /// Remembers how a sync of the image's file ended, and says what it counts as: what a failed sync has lost, no later
+    /// one brings back, though it may succeed.
+    ///
+    /// # Errors
+    /// This sync's error, or that of an earlier one.
+    pub fn synced(&self, ended: Result<(), String>) -> Result<(), String> {
+        if let Err(e) = ended {
+            let _ = self.sync_failed.set(e);
+        }
+        self.sync_failed.get().map_or(Ok(()), |e| Err(e.clone()))
     }
 
     /// Where the image is now.

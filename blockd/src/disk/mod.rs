@@ -52,10 +52,12 @@ pub enum DiskEvent {
     Disconnected,
     /// The disk cannot be written any more.
     Failed(String),
+    /// The guest has switched the write cache on or off. To be remembered durably; an error refuses it.
+    WriteCache(bool),
 }
 
-/// Told of what happens to a disk, from any of its threads; must not block.
-pub type DiskEvents = Arc<dyn Fn(DiskEvent) + Send + Sync>;
+/// Told of what happens to a disk, from any of its threads; must not block, but for what has to be remembered.
+pub type DiskEvents = Arc<dyn Fn(DiskEvent) -> Result<(), String> + Send + Sync>;
 
 /// Why something could not be done to a disk.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -97,10 +99,16 @@ impl std::fmt::Debug for Disk {
 
 impl Disk {
     /// Opens the image, binds the socket and starts to serve. `recover` mends what a crash of ours can leave behind.
+    /// `cache_on` is the write cache as the guest left it: on, unless it was remembered otherwise.
     ///
     /// # Errors
     /// What opening the image says; a socket that is in use or cannot be bound; no ring or thread to be had.
-    pub fn start(spec: DiskSpec, recover: bool, events: DiskEvents) -> Result<Arc<Self>, DiskError> {
+    pub fn start(
+        spec: DiskSpec,
+        recover: bool,
+        cache_on: bool,
+        events: DiskEvents,
+    ) -> Result<Arc<Self>, DiskError> {
         if !(1..=QUEUES_MAX).contains(&spec.queues) || !(1..=spec.queues).contains(&spec.io_threads) {
             return Err(DiskError::new(
                 ErrorKind::InvalidParameter,
@@ -119,7 +127,7 @@ impl Disk {
             zero_bytes_max: ZERO_BYTES_MAX,
         };
         let threads = usize::from(spec.io_threads);
-        let shared = DiskShared::new(&spec.id, limits, image, threads);
+        let shared = DiskShared::new(&spec.id, limits, image, threads, cache_on, events);
         let io = |what: &str, e: std::io::Error| DiskError::new(ErrorKind::Io, format!("{what}: {e}"));
         let mut mailboxes = Vec::new();
         let mut workers = Vec::new();
@@ -134,7 +142,7 @@ impl Disk {
             .name("maintenance".into())
             .spawn(move || for_maintenance.maintain())
             .map_err(|e| io("cannot start a thread", e))?;
-        let listener = Listener::start(&spec, shared.clone(), mailboxes.clone(), events).map_err(|e| {
+        let listener = Listener::start(&spec, shared.clone(), mailboxes.clone()).map_err(|e| {
             shared.stop_maintenance();
             DiskError::new(ErrorKind::Io, format!("{}: {e}", spec.socket.display()))
         })?;

@@ -9,6 +9,7 @@ use arc_swap::ArcSwap;
 use super::counters::Counters;
 use super::handle::ImageHandle;
 use super::route::Route;
+use super::{DiskEvent, DiskEvents};
 use crate::gate::Gate;
 use crate::worker::{Limits, SERIAL_BYTES};
 
@@ -30,6 +31,17 @@ pub struct DiskShared {
     maintenance: (Mutex<Maintenance>, Condvar),
     maintenance_wanted: AtomicBool,
     failed: Mutex<Option<String>>,
+    cache_on: AtomicBool,
+    events: Told,
+}
+
+/// Whom the disk tells; not to be printed.
+struct Told(DiskEvents);
+
+impl std::fmt::Debug for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Told")
+    }
 }
 
 #[derive(Debug, Default)]
@@ -40,7 +52,14 @@ struct Maintenance {
 
 impl DiskShared {
     /// Of a disk that is served from `image`.
-    pub fn new(id: &str, limits: Limits, image: Arc<ImageHandle>, workers: usize) -> Arc<Self> {
+    pub fn new(
+        id: &str,
+        limits: Limits,
+        image: Arc<ImageHandle>,
+        workers: usize,
+        cache_on: bool,
+        events: DiskEvents,
+    ) -> Arc<Self> {
         Arc::new(Self {
             id: id.to_owned(),
             limits,
@@ -51,7 +70,31 @@ impl DiskShared {
             maintenance: Default::default(),
             maintenance_wanted: AtomicBool::new(false),
             failed: Mutex::new(None),
+            cache_on: AtomicBool::new(cache_on),
+            events: Told(events),
         })
+    }
+
+    /// Tells what happens to the disk.
+    pub fn tell(&self, event: DiskEvent) -> Result<(), String> {
+        (self.events.0)(event)
+    }
+
+    /// Whether the guest has the write cache on: then a write is durable only at its next flush.
+    pub fn is_cache_on(&self) -> bool {
+        self.cache_on.load(Ordering::SeqCst)
+    }
+
+    /// The guest switches the write cache. Durable before it returns, since a guest with the cache off never flushes.
+    ///
+    /// # Errors
+    /// When it cannot be remembered; nothing has changed then.
+    pub fn set_cache(&self, on: bool) -> Result<(), String> {
+        if self.is_cache_on() != on {
+            self.tell(DiskEvent::WriteCache(on))?;
+            self.cache_on.store(on, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// The serial that the guest reads: the disk's name, cut and padded to 20 bytes.
@@ -116,6 +159,11 @@ impl DiskShared {
 
     /// Remembers why the disk cannot be written any more. The first reason stays.
     pub fn set_failed(&self, why: &str) {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| why.to_owned());
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if failed.is_none() {
+            *failed = Some(why.to_owned());
+            tracing::error!(disk = self.id, "the disk has failed: {why}");
+            let _ = self.tell(DiskEvent::Failed(why.to_owned()));
+        }
     }
 }

@@ -169,8 +169,23 @@ impl Control {
 
     fn finish_target(&self) -> Result<(), String> {
         let (plan, target) = (&self.this.plan, self.this.shared.target());
-        let (from, to) = (plan.temporary(), &plan.target);
-        text(rename_durably(&from, to), || format!("{} cannot become {}", from.display(), to.display()))?;
+        let from = plan.temporary();
+        let mut to = plan.target.as_path();
+        match rename_durably(&from, to) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                // Somebody has taken the name since the move began. Nothing of theirs is touched; the disk keeps the name
+                // that it has.
+                tracing::error!(
+                    job = plan.job,
+                    "{} exists now: the target stays {}",
+                    to.display(),
+                    from.display()
+                );
+                self.this.outcome().target_kept_name = true;
+                to = &from;
+            }
+            renamed => text(renamed, || format!("{} cannot become {}", from.display(), to.display()))?,
+        }
         target.set_path(to);
         if plan.copy_only {
             return Ok(());

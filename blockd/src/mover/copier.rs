@@ -221,7 +221,8 @@ pub(super) fn run(
         maintaining: Arc::default(),
         shared,
     });
-    tokio_uring::start(copier.serve(actions, control));
+    let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())?;
+    runtime.block_on(copier.serve(actions, control));
     Ok(())
 }
 
@@ -370,12 +371,17 @@ impl Copier {
             return;
         }
         let (image, gate, maintaining) = (image.clone(), self.gate.clone(), self.maintaining.clone());
-        std::thread::spawn(move || {
+        let done = self.maintaining.clone();
+        let thread = std::thread::Builder::new().name("maintenance".into()).spawn(move || {
             if let Err(e) = image.image().maintain(&|| gate.wait()) {
                 tracing::warn!(image = %image.path().display(), "maintenance failed: {e}");
             }
             maintaining.store(false, Ordering::Release);
         });
+        if thread.is_err() {
+            // The codec looks after itself when it must; it only takes longer.
+            done.store(false, Ordering::Release);
+        }
     }
 }
 

@@ -18,6 +18,8 @@ pub struct JournalFile {
     path: PathBuf,
     /// Bytes that are known to be good; what a failed append may have left behind is cut off before the next one.
     len: u64,
+    /// Whether there was nothing in it when it was opened.
+    is_new: bool,
 }
 
 /// The path of a job's journal.
@@ -66,7 +68,7 @@ impl JournalFile {
             Tail::Torn { offset } => offset,
         };
         sync_dir(moves_dir).map_err(|e| fail(&e))?;
-        Ok(Self { file, path, len })
+        Ok(Self { file, path, len, is_new: bytes.is_empty() })
     }
 
     /// Appends a record, durably.
@@ -84,8 +86,12 @@ impl JournalFile {
         Ok(())
     }
 
-    /// Removes the journal of a move that never began.
+    /// Removes the journal of a move that never began. That of a move which was to begin again stays: the next start of
+    /// the daemon may have more luck.
     pub fn discard(self) {
+        if !self.is_new {
+            return;
+        }
         let removed = std::fs::remove_file(&self.path).and_then(|()| sync_dir(dir_of(&self.path)));
         if let Err(e) = removed {
             tracing::warn!(journal = %self.path.display(), "cannot be removed: {e}");

@@ -128,6 +128,8 @@ pub struct MoveHooks {
 struct Outcome {
     over: bool,
     source_deleted: bool,
+    /// Somebody took the final name, so the target is under its temporary one.
+    target_kept_name: bool,
     longest_guest_wait_us: u64,
     commit_us: u64,
     receipt: Option<Receipt>,
@@ -242,25 +244,42 @@ impl Move {
             started: SystemTime::now(),
             hooks,
         });
-        this.spawn_threads(disk, config, journal, actions)?;
+        let spawned = this.spawn_threads(disk, config, actions);
+        let to_control = match spawned {
+            Ok(to_control) => to_control,
+            Err(e) => {
+                // The target goes first, so that nothing is left that no journal knows of.
+                let _ = control::remove_durably(&this.plan.temporary());
+                journal.discard();
+                return Err(e);
+            }
+        };
+        // The thread waits for nothing else.
+        let _ = to_control.send(journal);
         shared.apply(Event::Start);
         Ok(this)
     }
 
+    /// Starts the move's threads; the control thread waits for its journal.
     fn spawn_threads(
         self: &Arc<Self>,
         disk: Arc<Disk>,
         config: Config,
-        journal: JournalFile,
         actions: tokio::sync::mpsc::UnboundedReceiver<Action>,
-    ) -> Result<(), DiskError> {
+    ) -> Result<std::sync::mpsc::Sender<JournalFile>, DiskError> {
         let no_thread =
             |e: io::Error| DiskError::new(ErrorKind::Io, format!("cannot start a thread for the move: {e}"));
         let (to_control, for_control) = std::sync::mpsc::channel();
-        let mut control = Control::new(self.clone(), disk.clone(), journal);
+        let (begin, journal) = std::sync::mpsc::channel();
+        let (this, of_disk) = (self.clone(), disk.clone());
         std::thread::Builder::new()
             .name("move-control".into())
-            .spawn(move || control.run(&for_control))
+            .spawn(move || {
+                // Without a journal the move never began.
+                if let Ok(journal) = journal.recv() {
+                    Control::new(this, of_disk, journal).run(&for_control);
+                }
+            })
             .map_err(no_thread)?;
         let (this, gate) = (self.clone(), disk.shared().gate.clone());
         std::thread::Builder::new()
@@ -277,7 +296,7 @@ impl Move {
                 }
             })
             .map_err(no_thread)?;
-        Ok(())
+        Ok(begin)
     }
 
     fn outcome(&self) -> std::sync::MutexGuard<'_, Outcome> {
@@ -320,12 +339,13 @@ impl Move {
             _ => outcome.broken.clone().and_then(|why| info("internal", why)),
         };
         let plan = &self.plan;
+        let target = if outcome.target_kept_name { plan.temporary() } else { plan.target.clone() };
         Job {
             job: plan.job.clone(),
             disks: vec![plan.disk.clone()],
             state: if outcome.broken.is_some() { "failed".into() } else { state.word().into() },
             source: vec![plan.source.to_string_lossy().into_owned()],
-            target: vec![plan.target.to_string_lossy().into_owned()],
+            target: vec![target.to_string_lossy().into_owned()],
             bytes_total: progress.bytes_total,
             bytes_copied: progress.bytes_copied,
             bytes_mirrored: progress.bytes_mirrored,

@@ -76,15 +76,21 @@ fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recover
     };
     match decision {
         Recovery::Nothing => recovered.jobs.push(over(&plan, &records)),
-        Recovery::SourceIsDisk { restart, finish_copy: true } => {
-            debug_assert!(!restart, "a copy that is complete is not begun again");
-            rename_durably(&plan.temporary(), &plan.target).map_err(failed)?;
+        Recovery::SourceIsDisk { finish_copy: true, .. } => {
+            if let Err(e) = rename_durably(&plan.temporary(), &plan.target) {
+                let (from, to) = (plan.temporary(), &plan.target);
+                tracing::error!(job, "the copy {} cannot become {}: {e}", from.display(), to.display());
+                return Ok(());
+            }
             let receipt = mirror::Receipt { verified: plan.verify, ..mirror::Receipt::default() };
             append(&[Record::TargetFinished, Record::Done { receipt }])?;
             recovered.jobs.push(over(&plan, &records));
         }
         Recovery::SourceIsDisk { restart, .. } => {
-            remove_durably(&plan.temporary()).map_err(failed)?;
+            if let Err(e) = remove_durably(&plan.temporary()) {
+                // A leftover under its temporary name harms nobody; that its storage is away must not hold up other disks.
+                tracing::warn!(job, "the unfinished target {} is left: {e}", plan.temporary().display());
+            }
             if restart {
                 tracing::info!(job, disk = plan.disk, "the move was interrupted and begins again");
                 recovered.restart.push(plan);
@@ -94,40 +100,69 @@ fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recover
         }
         Recovery::TargetIsDisk { finish, delete_source } => {
             tracing::info!(job, disk = plan.disk, "the move was committed and is finished now");
-            if finish {
-                rename_durably(&plan.temporary(), &plan.target).map_err(failed)?;
-            }
-            let generation = plan.generation + 1;
-            recovered.images.insert(plan.disk.clone(), (plan.target.clone(), plan.format, generation));
-            // Before the journal says that there is nothing left to do: from then on the disk's record alone counts.
-            if let Err(e) = adopt(&plan.disk, &plan.target, plan.format, generation) {
-                tracing::error!(
-                    job,
-                    disk = plan.disk,
-                    "the disk's record cannot be written, the move is finished at the next start: {e}"
-                );
-                return Ok(());
-            }
-            let mut further = Vec::new();
-            if finish {
-                further.push(Record::TargetFinished);
-            }
-            if delete_source {
-                remove_durably(&plan.source).map_err(failed)?;
-                further.push(Record::SourceDeleted);
-            }
-            let receipt = mirror::Receipt {
-                verified: plan.verify,
-                source_deleted: !plan.keep_source,
-                warning: Some("finished after a restart".into()),
-                ..mirror::Receipt::default()
-            };
-            further.push(Record::Done { receipt });
+            let further = finish_move(&plan, adopt, finish, delete_source, recovered);
             append(&further)?;
-            recovered.jobs.push(over(&plan, &records));
+            if matches!(further.last(), Some(Record::Done { .. })) {
+                recovered.jobs.push(over(&plan, &records));
+            }
         }
     }
     Ok(())
+}
+
+/// Does what a committed move left to do. Returns the records of what is done; what could not be done now is left to the
+/// next start, and to nobody's harm: the target is the disk all the same.
+fn finish_move(
+    plan: &MovePlan,
+    adopt: &Adopt<'_>,
+    finish: bool,
+    delete_source: bool,
+    recovered: &mut Recovered,
+) -> Vec<Record> {
+    let mut done = Vec::new();
+    let mut image = plan.target.clone();
+    if finish && let Err(e) = rename_durably(&plan.temporary(), &plan.target) {
+        tracing::error!(
+            job = plan.job,
+            "{} cannot become {}: {e}",
+            plan.temporary().display(),
+            image.display()
+        );
+        // Under the name that it has, it is the disk.
+        image = plan.temporary();
+    }
+    let generation = plan.generation + 1;
+    recovered.images.insert(plan.disk.clone(), (image.clone(), plan.format, generation));
+    // Before the journal says that there is nothing left to do: from then on the disk's record alone counts.
+    if let Err(e) = adopt(&plan.disk, &image, plan.format, generation) {
+        tracing::error!(job = plan.job, disk = plan.disk, "the disk's record cannot be written: {e}");
+        return done;
+    }
+    if finish {
+        done.push(Record::TargetFinished);
+    }
+    let mut warning = "finished after a restart".to_owned();
+    let mut deleted = false;
+    if delete_source {
+        match remove_durably(&plan.source) {
+            Ok(()) => {
+                done.push(Record::SourceDeleted);
+                deleted = true;
+            }
+            Err(e) => {
+                warning = format!("the source {} cannot be deleted: {e}", plan.source.display());
+                tracing::warn!(job = plan.job, "{warning}");
+            }
+        }
+    }
+    let receipt = mirror::Receipt {
+        verified: plan.verify,
+        source_deleted: deleted,
+        warning: Some(warning),
+        ..mirror::Receipt::default()
+    };
+    done.push(Record::Done { receipt });
+    done
 }
 
 /// A move that is over, as its journal tells.

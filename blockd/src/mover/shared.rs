@@ -52,6 +52,7 @@ pub struct MoveShared {
     pub extent_size: u64,
     started: Instant,
     marks: Marks,
+    delivering: Mutex<()>,
     /// Whether guest flushes have to go to both images.
     flush_target: AtomicBool,
     /// Whether a flush of the target has failed: what that has lost no later flush brings back, though it may succeed.
@@ -79,6 +80,7 @@ impl MoveShared {
             extent_size: config.extent_size,
             started: Instant::now(),
             marks: Marks::new(config.extent_count()),
+            delivering: Mutex::default(),
             flush_target: AtomicBool::new(false),
             flush_lost: AtomicBool::new(false),
             actions,
@@ -198,6 +200,8 @@ impl MoveShared {
 
     /// Hands all marks so far to the machine.
     pub fn deliver_marks(self: &Arc<Self>) {
+        // Collecting and telling is one step: whoever finds nothing to collect may count on the machine knowing it all.
+        let _one = self.delivering.lock().unwrap_or_else(PoisonError::into_inner);
         let mut ranges = Vec::new();
         self.marks.collect(|range| ranges.push(range));
         for range in ranges {

@@ -75,7 +75,7 @@ impl InflightRegion {
         }
         let map = MmapRegion::<()>::from_file(FileOffset::new(file, offset), needed as usize)
             .map_err(|e| format!("cannot map the in-flight region: {e}"))?;
-        super::sigbus::guard(map.as_ptr() as usize, needed as usize);
+        super::sigbus::guard(map.as_ptr() as usize, needed as usize)?;
         Ok(Arc::new(Self { map, queues, queue_size }))
     }
 

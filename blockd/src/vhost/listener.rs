@@ -15,8 +15,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::BackendReqHandler;
 
 use super::session::Session;
+use crate::disk::DiskSpec;
 use crate::disk::shared::DiskShared;
-use crate::disk::{DiskEvents, DiskSpec};
 use crate::worker::mailbox::Mailbox;
 
 /// Most front ends connected to one disk at a time.
@@ -53,20 +53,39 @@ impl Ownership {
     }
 
     /// `session` runs no ring any more. The one that waits longest has its turn.
-    pub fn release(&self, session: u64) {
+    pub fn release(self: &Arc<Self>, session: u64) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.waiting.remove(&session);
         if state.owner != Some(session) {
             return;
         }
         state.owner = None;
-        while let Some((_, next)) = state.waiting.pop_first() {
-            if let Some(next) = next.upgrade() {
-                // In a thread of its own: the caller holds its own session's lock.
-                std::thread::spawn(move || next.lock().unwrap_or_else(PoisonError::into_inner).start_rings());
-                return;
+        drop(state);
+        self.hand_over();
+    }
+
+    /// Lets those who wait try, the longest waiting first, until one of them runs rings. In a thread of its own: the
+    /// caller holds its own session's lock.
+    fn hand_over(self: &Arc<Self>) {
+        let this = self.clone();
+        let thread = std::thread::Builder::new().name("vhost-handover".into()).spawn(move || {
+            while let Some(next) = this.next_waiting() {
+                if let Some(next) = next.upgrade() {
+                    next.lock().unwrap_or_else(PoisonError::into_inner).start_rings();
+                }
             }
+        });
+        if let Err(e) = thread {
+            tracing::error!("cannot start a thread, so a front end that waits has to connect again: {e}");
         }
+    }
+
+    fn next_waiting(&self) -> Option<Weak<Mutex<Session>>> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.owner.is_some() {
+            return None;
+        }
+        state.waiting.pop_first().map(|(_, next)| next)
     }
 }
 
@@ -81,9 +100,7 @@ pub struct Common {
     /// Physical sector size in bytes.
     pub physical_sector: u32,
     /// Whose rings run.
-    pub ownership: Ownership,
-    /// Told of connections.
-    pub events: DiskEvents,
+    pub ownership: Arc<Ownership>,
 }
 
 struct Connection {
@@ -126,12 +143,7 @@ impl Listener {
     ///
     /// # Errors
     /// When the path is in use or cannot be bound.
-    pub fn start(
-        spec: &DiskSpec,
-        disk: Arc<DiskShared>,
-        workers: Vec<Arc<Mailbox>>,
-        events: DiskEvents,
-    ) -> io::Result<Self> {
+    pub fn start(spec: &DiskSpec, disk: Arc<DiskShared>, workers: Vec<Arc<Mailbox>>) -> io::Result<Self> {
         let socket = bind(&spec.socket)?;
         let inode = std::fs::symlink_metadata(&spec.socket)?.ino();
         let stop = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
@@ -142,8 +154,7 @@ impl Listener {
             workers,
             queues: spec.queues,
             physical_sector,
-            ownership: Ownership::default(),
-            events,
+            ownership: Arc::default(),
         });
         let (stopping, list) = (stop.clone(), connections.clone());
         let accepting = std::thread::Builder::new()

@@ -29,7 +29,7 @@ impl DirtyLog {
         }
         let map = MmapRegion::<()>::from_file(FileOffset::new(file, offset), len as usize)
             .map_err(|e| format!("cannot map the dirty log: {e}"))?;
-        super::sigbus::guard(map.as_ptr() as usize, len as usize);
+        super::sigbus::guard(map.as_ptr() as usize, len as usize)?;
         Ok(Self { map, len })
     }
 

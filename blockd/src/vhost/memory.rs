@@ -32,7 +32,7 @@ impl Region {
             libc::madvise(map.as_ptr().cast(), len as usize, libc::MADV_DONTFORK);
             libc::madvise(map.as_ptr().cast(), len as usize, libc::MADV_DONTDUMP);
         }
-        super::sigbus::guard(map.as_ptr() as usize, len as usize);
+        super::sigbus::guard(map.as_ptr() as usize, len as usize).map_err(|e| MemoryError::Map(e.into()))?;
         Ok(Arc::new(Self { guest_addr, len, user_addr, map }))
     }
 

@@ -6,7 +6,6 @@
 //! flight, and after SET_MEM_TABLE new requests use the new memory only.
 
 use std::fs::File;
-use std::io::Read;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, Weak};
@@ -69,8 +68,6 @@ pub struct Session {
     log: Option<Arc<DirtyLog>>,
     inflight: Option<Arc<InflightRegion>>,
     vrings: Vec<Vring>,
-    /// The write cache as the driver set it: on unless it says otherwise.
-    cache_on: bool,
     write_through: Arc<AtomicBool>,
     counted: bool,
     ended: bool,
@@ -102,7 +99,6 @@ impl Session {
                 log: None,
                 inflight: None,
                 vrings,
-                cache_on: true,
                 write_through: Arc::new(AtomicBool::new(false)),
                 counted: false,
                 ended: false,
@@ -137,7 +133,8 @@ impl Session {
     /// Whether each write has to be durable before it is completed: the driver cannot flush, or has the cache off
     /// (virtio 1.3, section 5.2.6.2).
     fn note_cache(&self) {
-        let off = !self.has(VIRTIO_BLK_F_FLUSH) || self.has(VIRTIO_BLK_F_CONFIG_WCE) && !self.cache_on;
+        let cache_on = self.common.disk.is_cache_on();
+        let off = !self.has(VIRTIO_BLK_F_FLUSH) || self.has(VIRTIO_BLK_F_CONFIG_WCE) && !cache_on;
         self.write_through.store(off, Ordering::Relaxed);
     }
 
@@ -237,7 +234,7 @@ impl Session {
         if !std::mem::replace(&mut self.counted, true)
             && self.common.disk.running.fetch_add(1, Ordering::Relaxed) == 0
         {
-            (self.common.events)(DiskEvent::Connected);
+            let _ = self.common.disk.tell(DiskEvent::Connected);
         }
         Ok(())
     }
@@ -250,11 +247,7 @@ impl Session {
         let (done, wait) = channel();
         self.worker(index).post(Mail::Command(Command::Stop(self.key(index), done)));
         let next = confirmed(&wait)?;
-        let vring = &mut self.vrings[index];
-        vring.running = false;
-        if let Some(next) = next {
-            vring.base = next;
-        }
+        self.ring_stopped(index, next);
         self.release_if_idle();
         Ok(())
     }
@@ -267,18 +260,41 @@ impl Session {
         if std::mem::replace(&mut self.counted, false)
             && self.common.disk.running.fetch_sub(1, Ordering::Relaxed) == 1
         {
-            (self.common.events)(DiskEvent::Disconnected);
+            let _ = self.common.disk.tell(DiskEvent::Disconnected);
         }
     }
 
+    /// Drains all rings, side by side.
     fn stop_all(&mut self) -> Result<()> {
+        let waits = self.post_stops();
         let mut result = Ok(());
-        // All at once, so that they drain side by side.
-        for index in 0..self.vrings.len() {
-            let stopped = self.stop_ring(index);
-            result = result.and(stopped);
+        for (index, wait) in waits {
+            match confirmed(&wait) {
+                Ok(next) => self.ring_stopped(index, next),
+                Err(e) => result = Err(e),
+            }
         }
+        self.release_if_idle();
         result
+    }
+
+    fn post_stops(&self) -> Vec<(usize, Receiver<Option<u16>>)> {
+        let running = (0..self.vrings.len()).filter(|&index| self.vrings[index].running);
+        running
+            .map(|index| {
+                let (done, wait) = channel();
+                self.worker(index).post(Mail::Command(Command::Stop(self.key(index), done)));
+                (index, wait)
+            })
+            .collect()
+    }
+
+    fn ring_stopped(&mut self, index: usize, next: Option<u16>) {
+        let vring = &mut self.vrings[index];
+        vring.running = false;
+        if let Some(next) = next {
+            vring.base = next;
+        }
     }
 
     /// Tells the worker of a running ring what has changed around it.
@@ -304,9 +320,13 @@ impl Session {
     /// The connection has ended.
     pub(super) fn end(&mut self) {
         self.ended = true;
-        if let Err(e) = self.stop_all() {
-            tracing::error!(disk = self.common.disk.id, "the rings of a front end that left: {e}");
+        // However long it takes: until everything has drained, no other front end may run rings that may lie in the same
+        // memory. A worker that has ended answers too, by dropping its sender.
+        for (index, wait) in self.post_stops() {
+            let next = wait.recv().ok().flatten();
+            self.ring_stopped(index, next);
         }
+        self.release_if_idle();
         self.common.ownership.release(self.number);
     }
 
@@ -324,7 +344,7 @@ impl Session {
         put(20, &disk.sector.to_le_bytes());
         put(24, &[exponent]);
         put(26, &(1u16 << exponent).to_le_bytes());
-        put(CONFIG_WCE as usize, &[u8::from(self.cache_on)]);
+        put(CONFIG_WCE as usize, &[u8::from(self.common.disk.is_cache_on())]);
         put(34, &self.common.queues.to_le_bytes());
         put(36, &zero_sectors.to_le_bytes());
         put(40, &1u32.to_le_bytes());
@@ -350,7 +370,6 @@ impl VhostUserBackendReqHandlerMut for Session {
         for vring in &mut self.vrings {
             *vring = Vring { call: vring.call.take(), err: vring.err.take(), ..Vring::default() };
         }
-        self.cache_on = true;
         Ok(())
     }
 
@@ -481,7 +500,9 @@ impl VhostUserBackendReqHandlerMut for Session {
     fn set_config(&mut self, offset: u32, bytes: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         let at = CONFIG_WCE.checked_sub(offset).and_then(|at| bytes.get(at as usize));
         let Some(&wce) = at else { return Err(refused("the write cache is all that can be configured")) };
-        self.cache_on = wce != 0;
+        // Remembered with the disk, not with the connection: a front end that comes back does not repeat it, and its
+        // guest, which has the cache off, sends no flushes.
+        self.common.disk.set_cache(wce != 0).map_err(refused)?;
         self.note_cache();
         Ok(())
     }
@@ -542,20 +563,12 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_device_state_fd(
         &mut self,
-        direction: VhostTransferStateDirection,
+        _direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
-        mut file: File,
+        _file: File,
     ) -> Result<Option<File>> {
         // All rings are drained when this comes, and the disk keeps nothing else of a front end: the state is empty.
-        // Dropping the descriptor tells the reader so.
-        if matches!(direction, VhostTransferStateDirection::LOAD) {
-            let mut state = [0; 1];
-            std::thread::spawn(move || {
-                if file.read(&mut state).is_ok_and(|n| n > 0) {
-                    tracing::warn!("a front end sent device state, of which a disk has none");
-                }
-            });
-        }
+        // Dropping the descriptor tells the reader so; a writer has nothing to write.
         Ok(None)
     }
 

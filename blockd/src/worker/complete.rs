@@ -91,6 +91,13 @@ impl Worker {
                 let ended = slot.target_error.take().map_or(Ok(()), Err);
                 slot.target_error = moving.target_flushed(ended).err();
             }
+            if let (Side::Source, Some(_), Some(image)) = (side, token, image) {
+                let ended = slot.source_error.take().map_or(Ok(()), Err);
+                slot.source_error = image.synced(ended).err();
+                if let Some(e) = &slot.source_error {
+                    self.disk.set_failed(&format!("{} cannot be made durable: {e}", image.path().display()));
+                }
+            }
             let failed = match side {
                 Side::Source => &slot.source_error,
                 Side::Target => &slot.target_error,

@@ -37,6 +37,8 @@ impl Worker {
         (slot.queue, slot.head, slot.started) = (queue, head, started);
         let parsed = request::parse(&memory, &self.buffers, &self.disk.limits, &mut slot);
         slot.memory = Some(memory);
+        slot.data_bytes = iov::total(&slot.iov);
+        self.bytes_in_flight += slot.data_bytes;
         match parsed {
             Ok(()) => self.execute(index, slot),
             Err(refusal) => {
@@ -238,7 +240,8 @@ impl Worker {
     // --- bouncing ----------------------------------------------------------------------------------------------------
 
     fn bounce_if_needed(&mut self, slot: &mut Slot, image: &ImageHandle) {
-        if slot.iov.len() > IOV_MAX || !iov::is_aligned(&slot.iov, image.memory_align()) {
+        if slot.iov.len() > IOV_MAX || !iov::is_aligned(&slot.iov, image.memory_align(), image.offset_align())
+        {
             self.bounce(slot);
         }
     }

@@ -31,10 +31,12 @@ pub fn slice(iov: &[iovec], start: u64, len: u64, out: &mut Vec<iovec>) {
     assert_eq!(left, 0, "a range beyond its buffers");
 }
 
-/// Whether all buffers begin and end on multiples of `align`.
-pub fn is_aligned(iov: &[iovec], align: usize) -> bool {
-    align <= 1
-        || iov.iter().all(|v| (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(align))
+/// Whether all buffers begin on multiples of `align` and have lengths that are multiples of `len_align`. Direct I/O
+/// asks for both: a disk that takes memory on 4 bytes still wants each buffer to hold whole sectors.
+pub fn is_aligned(iov: &[iovec], align: usize, len_align: usize) -> bool {
+    let aligned =
+        |v: &iovec| (v.iov_base as usize).is_multiple_of(align) && v.iov_len.is_multiple_of(len_align);
+    align <= 1 || iov.iter().all(aligned)
 }
 
 /// Fills `[start, start + len)` with zeroes.

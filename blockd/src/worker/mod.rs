@@ -53,6 +53,8 @@ pub use request::{Limits, REQUEST_BYTES_MAX, SECTOR, SERIAL_BYTES};
 const RING_ENTRIES: u32 = 256;
 /// Most requests in flight at one worker; what is beyond stays in the guest's rings.
 const SLOTS_MAX: usize = 1024;
+/// Most bytes of data in flight at one worker, but for a last request: bounds the memory for buffers of our own.
+const BYTES_IN_FLIGHT_MAX: u64 = 256 << 20;
 /// Most requests taken from one queue before the next one has its turn.
 const BATCH: usize = 64;
 /// The longest that a worker polls before it sleeps.
@@ -132,6 +134,8 @@ struct Worker {
     slots: Vec<Option<Box<Slot>>>,
     free: Vec<u32>,
     in_flight: usize,
+    /// Data of the requests in flight, each of which may need a buffer of ours.
+    bytes_in_flight: u64,
     pool: BufferPool,
     pieces: Pieces,
     buffers: Vec<Buffer>,
@@ -174,6 +178,7 @@ impl Worker {
             slots: Vec::new(),
             free: Vec::new(),
             in_flight: 0,
+            bytes_in_flight: 0,
             pool: BufferPool::default(),
             pieces: Pieces::new(),
             buffers: Vec::new(),
@@ -294,12 +299,12 @@ impl Worker {
         if !self.ring.completion().is_empty() || self.ring.submission().taskrun() {
             return true;
         }
-        self.free_slots() > 0 && self.queues.iter().flatten().any(Queue::has_work)
+        self.has_room() && self.queues.iter().flatten().any(Queue::has_work)
     }
 
     /// Asks all drivers for kicks. Returns whether something came in meanwhile.
     fn enable_kicks(&mut self) -> bool {
-        if self.free_slots() == 0 {
+        if !self.has_room() {
             return false;
         }
         let mut any = false;
@@ -377,8 +382,9 @@ impl Worker {
 
     // --- slots ------------------------------------------------------------------------------------------------------
 
-    fn free_slots(&self) -> usize {
-        SLOTS_MAX - self.in_flight
+    /// Whether another request may be taken.
+    fn has_room(&self) -> bool {
+        self.in_flight < SLOTS_MAX && self.bytes_in_flight < BYTES_IN_FLIGHT_MAX
     }
 
     /// The current route, shared among requests without touching its atomic count.
@@ -402,6 +408,7 @@ impl Worker {
     }
 
     fn free_slot(&mut self, index: u32, mut slot: Box<Slot>) {
+        self.bytes_in_flight -= slot.data_bytes;
         slot.reset();
         self.slots[index as usize] = Some(slot);
         self.free.push(index);

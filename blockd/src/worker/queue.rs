@@ -2,8 +2,11 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::command::{QueueKey, QueueSetup, QueueStart};
 use super::local::Local;
@@ -84,8 +87,7 @@ impl Queue {
 
     fn signal(&self) {
         if let Some(call) = &self.call {
-            // EAGAIN: the counter is full, so the driver has been told already.
-            let _ = (&mut &*call).write(&1u64.to_ne_bytes());
+            ring_bell(call);
         }
     }
 
@@ -94,7 +96,7 @@ impl Queue {
         self.broken = true;
         tracing::warn!(disk, queue = self.key.index, "the guest's ring is broken and was stopped: {error}");
         if let Some(err) = &self.err {
-            let _ = (&mut &*err).write(&1u64.to_ne_bytes());
+            ring_bell(err);
         }
     }
 
@@ -110,6 +112,15 @@ impl Queue {
             inflight.take(head);
         }
         Ok(head)
+    }
+}
+
+/// Adds one to a front end's eventfd. One whose counter is full has told its reader already; writing to it would block,
+/// unless the front end has made it non-blocking.
+fn ring_bell(fd: &File) {
+    let mut can = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut can, PollTimeout::ZERO).is_ok_and(|n| n > 0) {
+        let _ = (&mut &*fd).write(&1u64.to_ne_bytes());
     }
 }
 
@@ -180,7 +191,7 @@ impl Worker {
         let mut any = false;
         for at in 0..self.queues.len() {
             for _ in 0..BATCH {
-                if self.free_slots() == 0 {
+                if !self.has_room() {
                     return any;
                 }
                 let Some(queue) = self.queues[at].as_mut() else { break };

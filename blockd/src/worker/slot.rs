@@ -105,6 +105,8 @@ pub struct Slot {
     pub span: ByteSpan,
     /// Where the status byte goes: host pointer and guest address.
     pub status: Option<(*mut u8, u64)>,
+    /// Bytes of data, as they count for what is in flight.
+    pub data_bytes: u64,
     /// Bytes that the device writes to the guest's buffers, status included.
     pub written: u32,
     /// Guest memory, kept mapped.
@@ -146,6 +148,7 @@ impl Default for Slot {
             op: Op::Flush,
             span: ByteSpan::new(0, 0),
             status: None,
+            data_bytes: 0,
             written: 0,
             memory: None,
             iov: Vec::new(),
@@ -170,6 +173,7 @@ impl Slot {
     pub fn reset(&mut self) {
         self.stage = Stage::Free;
         self.status = None;
+        self.data_bytes = 0;
         self.written = 0;
         self.memory = None;
         self.iov.clear();
