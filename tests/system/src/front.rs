@@ -353,9 +353,20 @@ impl FrontEnd {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 
-    /// Comes back after the connection was lost: same memory, same rings, same in-flight region.
+    /// Comes back after the connection was lost: same memory, same rings, same in-flight region. When the daemon dies
+    /// again meanwhile, it begins anew, until it works or `timeout` is over.
     pub fn reconnect(&mut self, base: Base, timeout: Duration) -> Result<()> {
-        self.reopen(timeout)?;
+        let until = Instant::now() + timeout;
+        loop {
+            let attempt =
+                self.reopen(until.saturating_duration_since(Instant::now())).and_then(|()| self.resume(base));
+            if attempt.is_ok() || Instant::now() >= until || !self.is_hung_up() {
+                return attempt;
+            }
+        }
+    }
+
+    fn resume(&mut self, base: Base) -> Result<()> {
         self.set_up_inflight()?;
         self.send_memory()?;
         for queue in 0..self.rings.len() {
