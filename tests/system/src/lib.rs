@@ -9,9 +9,16 @@
 //!   VerifiedLoad (model of every sector)    ◄──────────┘
 //! ```
 //!
-//! The daemon's binary is `$BLOCKD_BIN`, else `blockd` beside the test's own executable, so `cargo build -p blockd`
-//! (with the same profile) comes before `cargo test -p system-tests`. Tests that miss something they need print a line
-//! that begins with `SKIPPED:` and say what.
+//! `cargo build -p blockd` (with the same profile) comes before `cargo test -p system-tests`. Tests that miss something
+//! they need print a line that begins with `SKIPPED:` and say what.
+//!
+//! | variable | meaning |
+//! |---|---|
+//! | `BLOCKD_BIN` | the daemon's binary; else `blockd` beside the test's own executable |
+//! | `BLOCKD_GUEST_DIR` | where `.ci/guest-setup` put QEMU and the kernel; else `blockd-guest` in the cache folder |
+//! | `BLOCKD_TEST_SEED` | added to the seed of every random choice, for soaking: each number is another run |
+//! | `BLOCKD_TEST_FORMATS` | only these formats, as in `raw,vhd` |
+//! | `BLOCKD_TEST_BACKEND` | `qemu`: the tests are tried on qemu-storage-daemon, as far as it knows what they ask for |
 
 pub mod daemon;
 pub mod front;
@@ -36,6 +43,12 @@ pub use load::{LoadOptions, Mix, VerifiedLoad};
 pub use memory::{DirtyLog, GuestMemory};
 pub use ring::{Request, Ring};
 pub use running::RunningLoad;
+
+/// The seed of a test's random choices: its own number, changed by `$BLOCKD_TEST_SEED`.
+pub fn seed(own: u64) -> u64 {
+    let more = std::env::var("BLOCKD_TEST_SEED").ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);
+    own.wrapping_add(more.wrapping_mul(1000))
+}
 
 /// Waits until `fd` can be read, at most `timeout`.
 pub fn readable_within(fd: BorrowedFd<'_>, timeout: Duration) -> bool {

@@ -184,7 +184,7 @@ impl VerifiedLoad {
         }
         Ok(Self {
             model,
-            random: ChaCha8Rng::seed_from_u64(options.seed),
+            random: ChaCha8Rng::seed_from_u64(crate::seed(options.seed)),
             options: LoadOptions { mix, ..options },
             slots,
             buffers,

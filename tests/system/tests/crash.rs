@@ -43,7 +43,7 @@ fn survive_kills(kind: Image, kills: u64, base: Base) {
     if is_reference() {
         return;
     }
-    let mut random = ChaCha8Rng::seed_from_u64(kills);
+    let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(kills));
     let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
     // Long and short requests side by side, so that they overtake each other.
     let options = LoadOptions { depth: 32, max_sectors: 512, base, ..LoadOptions::new(31, SECTORS) };
@@ -98,7 +98,7 @@ fn the_daemon_may_die_while_it_starts() {
     if is_reference() {
         return;
     }
-    let mut random = ChaCha8Rng::seed_from_u64(5);
+    let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(5));
     let kind = Image::formats().pop().unwrap();
     let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
     let options = LoadOptions { depth: 16, ..LoadOptions::new(32, SECTORS) };

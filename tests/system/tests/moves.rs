@@ -466,7 +466,7 @@ fn survive_kills(formats: [Image; 2], mirror: &str, rounds: u64) {
     if is_reference() {
         return;
     }
-    let mut random = ChaCha8Rng::seed_from_u64(rounds);
+    let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(rounds));
     let mut bench = Bench::new(formats[0]);
     let load = bench.load(52);
     let (mut kills, mut at) = (0, 0);
