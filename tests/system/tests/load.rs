@@ -1,7 +1,7 @@
 //! The tests' own load: does it get on, and does it see what it should?
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use system_tests::daemon::Program;
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};

@@ -522,6 +522,95 @@ fn the_daemons_death_during_mirrored_moves_between_vhdx_and_vhdx_loses_nothing()
 }
 
 #[test]
+fn front_ends_come_and_go_while_a_disk_moves() {
+    if is_reference() {
+        return;
+    }
+    for mirror in ["after-copy", "from-start"] {
+        let mut bench = Bench::new(Image::DynamicVhd);
+        let mut load = bench.load(55).stop().unwrap();
+        let request = bench.request(Image::Raw, |r| {
+            r.mirror = mirror.into();
+            r.bandwidth = Some(48 << 20);
+        });
+        let job = bench.daemon.start_move(&request).unwrap();
+        let (mut rounds, mut stops) = (0, 0);
+        let until = Instant::now() + MINUTE;
+        while !bench.daemon.job(&job.job).unwrap().is_over() {
+            assert!(Instant::now() < until, "the move does not end");
+            load.run_requests(150).unwrap();
+            if rounds % 3 == 0 {
+                load.front.vanish();
+            } else {
+                let queue = rounds % 2;
+                let base = load.front.stop_ring(queue).unwrap();
+                load.front.start_ring(queue, base).unwrap();
+                stops += 1;
+            }
+            rounds += 1;
+        }
+        bench.wait_done(&job);
+        println!("{stops} stops of rings, mirror {mirror}: {}", load.counts());
+        bench.finish(load.spawn(), Image::Raw);
+    }
+}
+
+#[test]
+fn a_daemon_that_is_asked_to_end_goes_on_with_its_move_when_it_is_back() {
+    if is_reference() {
+        return;
+    }
+    for mirror in ["after-copy", "from-start"] {
+        let mut bench = Bench::new(Image::Raw);
+        let load = bench.load(56);
+        let request = bench.request(Image::DynamicVhd, |r| {
+            r.mirror = mirror.into();
+            r.bandwidth = Some(24 << 20);
+        });
+        let job = bench.daemon.start_move(&request).unwrap();
+        for end in 1..=3 {
+            load.wait_requests(300, MINUTE).unwrap();
+            assert!(bench.daemon.terminate().unwrap(), "the daemon failed at its end");
+            bench.daemon.restart().unwrap();
+            load.wait_reconnects(end, MINUTE).unwrap();
+        }
+        bench.wait_done(&job);
+        load.wait_requests(100, MINUTE).unwrap();
+        let load = bench.finish(load, Image::DynamicVhd);
+        println!("3 ends during a move, mirror {mirror}: {}", load.counts());
+    }
+}
+
+#[test]
+fn a_paused_move_survives_the_daemons_death() {
+    if is_reference() {
+        return;
+    }
+    let mut bench = Bench::new(Image::Raw);
+    let load = bench.load(57);
+    let source = bench.image();
+    let request = bench.request(Image::DynamicVhd, |r| r.bandwidth = Some(4 << 20));
+    let job = bench.daemon.start_move(&request).unwrap();
+    bench.wait(&job, |job| job.bytes_copied > 1 << 20);
+    bench.daemon.job_verb(&job.job, "pause").unwrap();
+    bench.wait(&job, |job| job.state == "paused");
+    bench.daemon.kill9();
+    bench.daemon.restart().unwrap();
+    load.wait_reconnects(1, MINUTE).unwrap();
+    load.wait_requests(300, MINUTE).unwrap();
+    let after = bench.daemon.job(&job.job).unwrap();
+    println!("after the restart it is {}", after.state);
+    assert_eq!(bench.image(), source);
+    if after.state == "paused" {
+        bench.daemon.job_verb(&job.job, "resume").unwrap();
+    }
+    let settings = JobSettings { bandwidth: Some(0) };
+    let _: Job = bench.daemon.call("PATCH", &format!("/v1/jobs/{}", job.job), Some(&settings)).unwrap();
+    bench.wait_done(&job);
+    bench.finish(load, Image::DynamicVhd);
+}
+
+#[test]
 fn what_the_source_does_not_hold_takes_no_space_on_the_target() {
     if is_reference() {
         return;
