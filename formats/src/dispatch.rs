@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::raw::{self, Raw};
 use crate::vhd::{self, Vhd};
+use crate::vhdx::{self, Vhdx};
 use crate::{CheckReport, CreateOptions, ErrorKind, Format, Image, ImageError, ImageType, Storage};
 
 /// Opens what is in `storage`.
@@ -16,7 +17,7 @@ pub(crate) fn open(
     Ok(match format {
         Format::Raw => Arc::new(Raw::open(storage, read_only)?),
         Format::Vhd => Arc::new(Vhd::open(storage, read_only, recover)?),
-        Format::Vhdx => return Err(not_yet()),
+        Format::Vhdx => Arc::new(Vhdx::open(storage, read_only)?),
     })
 }
 
@@ -41,7 +42,17 @@ pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(
                 block_size: options.block_size,
             },
         ),
-        Format::Vhdx => Err(not_yet()),
+        Format::Vhdx => vhdx::create(
+            storage,
+            &vhdx::CreateParams {
+                image_type: options.image_type,
+                virtual_size: options.virtual_size,
+                block_size: options.block_size,
+                logical_sector_size: options.logical_sector_size,
+                physical_sector_size: 4096,
+                log_size: None,
+            },
+        ),
     }
 }
 
@@ -65,10 +76,6 @@ pub(crate) fn check(
     match format {
         Format::Raw => raw::check(&*storage),
         Format::Vhd => vhd::check(&*storage, repair),
-        Format::Vhdx => Err(not_yet()),
+        Format::Vhdx => vhdx::check(storage, repair),
     }
-}
-
-pub(crate) fn not_yet() -> ImageError {
-    ImageError::new(ErrorKind::Unsupported, "VHDX is not supported yet")
 }

@@ -12,6 +12,7 @@ use crate::lock::is_held_exclusively;
 use crate::open::{at, choose_format, incomplete_move, open_file};
 use crate::raw::Raw;
 use crate::vhd::{self, VhdInfo, VhdState};
+use crate::vhdx::{self, VhdxInfo};
 use crate::{FileStorage, Format, Image, ImageError, ImageType, OpenError, Storage};
 
 /// Whether an image was closed in order.
@@ -146,6 +147,28 @@ fn of_vhd(vhd: VhdInfo, file: FileFacts) -> ImageInfo {
     }
 }
 
-fn of_vhdx(_storage: Arc<dyn Storage>, _file: FileFacts) -> Result<ImageInfo, ImageError> {
-    Err(crate::dispatch::not_yet())
+fn of_vhdx(storage: Arc<dyn Storage>, file: FileFacts) -> Result<ImageInfo, ImageError> {
+    let VhdxInfo { image_type, geometry, facts, parent_paths } = vhdx::inspect(&storage)?;
+    let ids = [
+        ("disk_id", facts.disk_id),
+        ("file_write_guid", facts.file_write),
+        ("data_write_guid", facts.data_write),
+    ];
+    Ok(ImageInfo {
+        format: Format::Vhdx,
+        image_type,
+        virtual_size: geometry.virtual_size,
+        allocated_bytes: facts.allocated_bytes,
+        file_size: file.len,
+        disk_usage: file.usage,
+        block_size: geometry.block_size,
+        logical_sector_size: geometry.logical_sector_size,
+        physical_sector_size: geometry.physical_sector_size,
+        ids: ids.into_iter().map(|(name, id)| (name.to_owned(), id.to_string())).collect(),
+        creator: Some(facts.creator),
+        state: if facts.was_dirty { ImageState::DirtyLog } else { ImageState::Clean },
+        parent_paths,
+        in_use: false,
+        incomplete_move: None,
+    })
 }

@@ -26,6 +26,7 @@ mod open;
 pub mod raw;
 mod storage;
 pub mod vhd;
+pub mod vhdx;
 
 pub use check::{CheckReport, Finding, Severity, check};
 pub use copy::{

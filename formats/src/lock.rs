@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -29,13 +30,21 @@ pub(crate) enum LockError {
     Io(io::Error),
 }
 
-/// Locks the whole file, without waiting.
+/// How often and how long a lock is tried for that somebody may be about to let go of. A process that has closed an image
+/// while another of its threads was starting a program holds the lock until that program runs.
+const TRIES: u32 = 20;
+const PAUSE: Duration = Duration::from_millis(10);
+
+/// Locks the whole file. Waits for a fifth of a second at most.
 pub(crate) fn lock(file: &File, kind: Lock) -> Result<(), LockError> {
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(kind))) {
-        Ok(_) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(LockError::Held),
-        Err(e) => Err(LockError::Io(e.into())),
+    for _ in 0..TRIES {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&whole_file(kind))) {
+            Ok(_) => return Ok(()),
+            Err(Errno::EAGAIN | Errno::EACCES) => std::thread::sleep(PAUSE),
+            Err(e) => return Err(LockError::Io(e.into())),
+        }
     }
+    Err(LockError::Held)
 }
 
 /// Whether somebody else holds an exclusive lock. Takes none, so nobody is kept off by the question.

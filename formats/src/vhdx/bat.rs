@@ -1,0 +1,353 @@
+//! The block allocation table (2.5): validated as a stream, kept in memory page by page.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use super::MIB;
+use super::corruption::{Corruption, Stop};
+use super::le::u64_at;
+use super::log_entry::SECTOR;
+use super::metadata::{BlockLayout, EntryOwner};
+use super::region::Region;
+use super::space::Space;
+use crate::{ImageError, Storage};
+
+/// Entries of one page of 4 KiB: what one log sector carries.
+pub(super) const PAGE_ENTRIES: u64 = 512;
+/// Bytes that are read at once when the table is validated.
+const BATCH: u64 = 256 << 10;
+
+/// A raw entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BatEntry(pub(super) u64);
+
+/// States of payload blocks (2.5.1.1).
+pub(super) mod state {
+    pub(in super::super) const NOT_PRESENT: u8 = 0;
+    pub(in super::super) const UNDEFINED: u8 = 1;
+    pub(in super::super) const ZERO: u8 = 2;
+    pub(in super::super) const UNMAPPED: u8 = 3;
+    pub(in super::super) const FULLY_PRESENT: u8 = 6;
+    pub(in super::super) const PARTIALLY_PRESENT: u8 = 7;
+}
+
+impl BatEntry {
+    /// A block that holds its data at this unit of 1 MiB.
+    pub(super) fn present(unit: u64) -> Self {
+        Self(unit << 20 | u64::from(state::FULLY_PRESENT))
+    }
+
+    /// A block that reads as zeroes. Its offset is 0, since Hyper-V refuses others.
+    pub(super) const ZERO: Self = Self(state::ZERO as u64);
+
+    pub(super) fn state(self) -> u8 {
+        (self.0 & 7) as u8
+    }
+
+    /// The place of the block in units of 1 MiB, below 2^44.
+    pub(super) fn unit(self) -> u64 {
+        self.0 >> 20
+    }
+
+    /// The place of the block in bytes, if the block holds data.
+    pub(super) fn data_offset(self) -> Option<u64> {
+        (self.state() == state::FULLY_PRESENT).then(|| self.unit() * MIB)
+    }
+
+    fn has_reserved_bits(self) -> bool {
+        self.0 & 0xF_FFF8 != 0
+    }
+}
+
+/// Where the table is and what it describes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    pub(super) region: Region,
+    pub(super) layout: BlockLayout,
+    pub(super) differencing: bool,
+    pub(super) file_len: u64,
+}
+
+/// What validation learned.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Census {
+    /// One bit for each page that has an entry other than 0.
+    pub(super) populated: Vec<u64>,
+    /// Payload blocks that have a place for their data.
+    pub(super) allocated: u64,
+    /// Entries of blocks without data that name a place all the same: (index, raw), the first few.
+    pub(super) stale: Vec<(u64, u64)>,
+}
+
+/// So many stale entries are remembered for `check`.
+const MAX_STALE: usize = 100;
+
+impl Table {
+    pub(super) fn new(region: Region, layout: BlockLayout, differencing: bool, file_len: u64) -> Self {
+        Self { region, layout, differencing, file_len }
+    }
+
+    fn pages(&self) -> u64 {
+        self.layout.entries.div_ceil(PAGE_ENTRIES)
+    }
+
+    /// Where the entry is in the file.
+    fn place_of(&self, index: u64) -> u64 {
+        self.region.offset + index * 8
+    }
+
+    /// Whether the region can hold the table.
+    fn validate_size(&self) -> Result<(), Corruption> {
+        let needed = self.layout.entries * 8;
+        if needed > u64::from(self.region.len) {
+            return Err(Corruption::BatTooSmall { len: self.region.len, needed });
+        }
+        Ok(())
+    }
+
+    /// Reads every entry that is not 0, in order. Holes of the file are skipped.
+    fn stream(
+        &self,
+        view: &dyn Storage,
+        mut each: impl FnMut(u64, BatEntry) -> Result<(), Stop>,
+    ) -> Result<(), Stop> {
+        let io = |e| ImageError::io("reading the BAT", e);
+        let base = self.region.offset;
+        let end = base + self.layout.entries * 8;
+        let mut buf = vec![0; BATCH as usize];
+        let mut at = base;
+        while let Some((start, stop)) = view.next_data(at).map_err(io)?.filter(|(start, _)| *start < end) {
+            at = start / 8 * 8;
+            let stop = stop.min(end).next_multiple_of(8);
+            while at < stop {
+                let n = (stop - at).min(BATCH) as usize;
+                view.read_at(&mut buf[..n], at).map_err(io)?;
+                for (i, raw) in buf[..n].chunks_exact(8).enumerate() {
+                    let raw = u64_at(raw, 0);
+                    if raw != 0 {
+                        each((at - base) / 8 + i as u64, BatEntry(raw))?;
+                    }
+                }
+                at += n as u64;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether an entry may be as it is, whatever others say. `Some`: the run of units that its block takes.
+    fn validate_entry(&self, index: u64, entry: BatEntry) -> Result<Option<(u64, u64)>, Corruption> {
+        let (at, raw) = (self.place_of(index), entry.0);
+        let bad_state = |whose| Err(Corruption::BatState { index, at, raw, state: entry.state(), whose });
+        let (units, len) = match self.layout.owner_of(index) {
+            None => return Ok(None),
+            Some(EntryOwner::Bitmap(_)) => match entry.state() {
+                state::NOT_PRESENT => return Ok(None),
+                state::FULLY_PRESENT if self.differencing => (1, MIB),
+                _ if self.differencing => return bad_state("a sector bitmap block"),
+                _ => return bad_state("a sector bitmap block of an image without parent"),
+            },
+            Some(EntryOwner::Payload(block)) => match entry.state() {
+                state::FULLY_PRESENT => (self.layout.units_per_block(), self.block_len(block)),
+                state::PARTIALLY_PRESENT if self.differencing => {
+                    (self.layout.units_per_block(), self.block_len(block))
+                }
+                state::PARTIALLY_PRESENT => return bad_state("a block of an image without parent"),
+                4 | 5 => return bad_state("a payload block"),
+                _ if entry.has_reserved_bits() => return Err(Corruption::BatReserved { index, at, raw }),
+                _ => return Ok(None),
+            },
+        };
+        if entry.has_reserved_bits() {
+            return Err(Corruption::BatReserved { index, at, raw });
+        }
+        let offset = u128::from(entry.unit()) << 20;
+        if entry.unit() == 0 || offset + u128::from(len) > u128::from(self.file_len) {
+            let file_len = self.file_len;
+            return Err(Corruption::BatPlace { index, at, raw, offset, len, file_len });
+        }
+        Ok(Some((entry.unit(), units)))
+    }
+
+    /// Bytes of a block that belong to the disk.
+    fn block_len(&self, block: u64) -> u64 {
+        if block + 1 == self.layout.blocks { self.layout.last_block_len } else { self.layout.block_size }
+    }
+
+    /// Validates every entry against the rules and against `space`, in which the blocks are marked. What is wrong goes
+    /// to `issue`, which may stop the validation.
+    pub(super) fn validate(
+        &self,
+        view: &dyn Storage,
+        space: &mut Space,
+        issue: &mut dyn FnMut(Corruption) -> Result<(), Stop>,
+    ) -> Result<Census, Stop> {
+        self.validate_size()?;
+        let populated = vec![0; self.pages().div_ceil(64) as usize];
+        let mut census = Census { populated, ..Census::default() };
+        let mut anchors = false;
+        let mut partial: Option<(u64, u64)> = None;
+        let orphan =
+            |partial: Option<(u64, u64)>| partial.map(|(_, index)| Corruption::SectorBitmapMissing { index });
+        self.stream(view, |index, entry| {
+            let page = index / PAGE_ENTRIES;
+            census.populated[(page / 64) as usize] |= 1 << (page % 64);
+            let chunk = index / (self.layout.chunk_ratio + 1);
+            if partial.is_some_and(|(c, _)| c != chunk) {
+                orphan(partial.take()).map_or(Ok(()), &mut *issue)?;
+            }
+            let (start, units) = match self.validate_entry(index, entry) {
+                Ok(Some(run)) => run,
+                Ok(None) => {
+                    anchors |= entry.unit() != 0;
+                    if entry.unit() != 0 && census.stale.len() < MAX_STALE {
+                        census.stale.push((index, entry.0));
+                    }
+                    return Ok(());
+                }
+                Err(corruption) => return issue(corruption),
+            };
+            match self.layout.owner_of(index) {
+                Some(EntryOwner::Bitmap(_)) => partial = None,
+                _ => census.allocated += 1,
+            }
+            if entry.state() == state::PARTIALLY_PRESENT {
+                partial.get_or_insert((chunk, index));
+            }
+            if space.mark(start, units) {
+                return Ok(());
+            }
+            let (at, raw) = (self.place_of(index), entry.0);
+            issue(Corruption::BatOverlap { index, at, raw, offset: start * MIB, len: units * MIB })
+        })?;
+        orphan(partial).map_or(Ok(()), issue)?;
+        if anchors {
+            self.mark_anchors(view, space)?;
+        }
+        Ok(census)
+    }
+
+    /// Blocks that were unmapped may keep their old place. Nothing is read from there, but nothing else is put there
+    /// either as long as the entry says so.
+    fn mark_anchors(&self, view: &dyn Storage, space: &mut Space) -> Result<(), Stop> {
+        let file_units = self.file_len.div_ceil(MIB);
+        let units = self.layout.units_per_block();
+        self.stream(view, |index, entry| {
+            let anchor = matches!(self.layout.owner_of(index), Some(EntryOwner::Payload(_)))
+                && matches!(entry.state(), state::UNDEFINED | state::UNMAPPED)
+                && !entry.has_reserved_bits()
+                && entry.unit() != 0;
+            if anchor && entry.unit() + units <= file_units {
+                // Where something else already is, the entry is merely stale.
+                let _ = space.mark(entry.unit(), units);
+            }
+            Ok(())
+        })
+    }
+}
+
+type Page = Box<[AtomicU64; PAGE_ENTRIES as usize]>;
+
+/// The table in memory. Pages are read when they are first needed and stay.
+#[derive(Debug)]
+pub(super) struct Bat {
+    view: Arc<dyn Storage>,
+    table: Table,
+    pages: Box<[OnceLock<Page>]>,
+    /// Pages that held anything when the image was opened. The others need not be read.
+    populated: Box<[u64]>,
+}
+
+impl Bat {
+    pub(super) fn new(view: Arc<dyn Storage>, table: Table, census: &Census) -> Self {
+        let pages = (0..table.pages()).map(|_| OnceLock::new()).collect();
+        Self { view, table, pages, populated: census.populated.clone().into() }
+    }
+
+    pub(super) fn layout(&self) -> &BlockLayout {
+        &self.table.layout
+    }
+
+    /// Where a page is in the file.
+    pub(super) fn page_offset(&self, page: u64) -> u64 {
+        self.table.region.offset + page * SECTOR as u64
+    }
+
+    fn is_populated(&self, page: u64) -> bool {
+        self.populated[(page / 64) as usize] >> (page % 64) & 1 == 1
+    }
+
+    /// The entry of a payload block.
+    pub(super) fn block(&self, block: u64) -> Result<BatEntry, ImageError> {
+        self.entry(self.table.layout.index_of(block))
+    }
+
+    fn entry(&self, index: u64) -> Result<BatEntry, ImageError> {
+        let page = index / PAGE_ENTRIES;
+        if self.pages[page as usize].get().is_none() && !self.is_populated(page) {
+            return Ok(BatEntry(0));
+        }
+        let page = self.page(page)?;
+        // Acquire: whoever sees a new place also sees that its log entry was written before.
+        Ok(BatEntry(page[(index % PAGE_ENTRIES) as usize].load(Ordering::Acquire)))
+    }
+
+    /// How many blocks from `block` on are known to be absent because their page never held anything.
+    pub(super) fn absent_run(&self, block: u64) -> u64 {
+        let index = self.table.layout.index_of(block);
+        let page = index / PAGE_ENTRIES;
+        if self.pages[page as usize].get().is_some() || self.is_populated(page) {
+            return 0;
+        }
+        // The page's last payload entry; bitmap entries in between only make the run shorter.
+        let chunk_end = (block / self.table.layout.chunk_ratio + 1) * self.table.layout.chunk_ratio;
+        let page_end = block + ((page + 1) * PAGE_ENTRIES - index);
+        page_end.min(chunk_end).min(self.table.layout.blocks) - block
+    }
+
+    fn page(&self, page: u64) -> Result<&Page, ImageError> {
+        let slot = &self.pages[page as usize];
+        if let Some(loaded) = slot.get() {
+            return Ok(loaded);
+        }
+        let mut buf = vec![0; SECTOR];
+        let offset = self.page_offset(page);
+        self.view
+            .read_at(&mut buf, offset)
+            .map_err(|e| ImageError::io(format!("reading the BAT at {offset:#x}"), e))?;
+        let entries: Vec<AtomicU64> = buf.chunks_exact(8).map(|raw| AtomicU64::new(u64_at(raw, 0))).collect();
+        for (i, entry) in entries.iter().enumerate() {
+            let index = page * PAGE_ENTRIES + i as u64;
+            if index < self.table.layout.entries {
+                self.revalidate(index, BatEntry(entry.load(Ordering::Relaxed)))?;
+            }
+        }
+        let entries: Page = entries.try_into().expect("a page has 512 entries");
+        // Another thread may have been faster, and changed its copy since: then that one counts.
+        Ok(slot.get_or_init(|| entries))
+    }
+
+    /// The table was validated when the image was opened; this is for files that changed behind our back since.
+    fn revalidate(&self, index: u64, entry: BatEntry) -> Result<(), ImageError> {
+        let table = Table { file_len: super::MAX_FILE_SIZE, ..self.table };
+        table.validate_entry(index, entry).map(drop).map_err(ImageError::from)
+    }
+
+    /// The 4 KiB of a page as they are now, with changes that are not published yet.
+    pub(super) fn encode_page(&self, page: u64, changes: &[(u64, BatEntry)]) -> Result<Vec<u8>, ImageError> {
+        let loaded = self.page(page)?;
+        let mut buf: Vec<u8> =
+            loaded.iter().flat_map(|entry| entry.load(Ordering::Acquire).to_le_bytes()).collect();
+        for (index, entry) in changes.iter().filter(|(index, _)| index / PAGE_ENTRIES == page) {
+            let at = (index % PAGE_ENTRIES) as usize * 8;
+            buf[at..at + 8].copy_from_slice(&entry.0.to_le_bytes());
+        }
+        Ok(buf)
+    }
+
+    /// Makes a change that is in the log visible.
+    pub(super) fn publish(&self, index: u64, entry: BatEntry) {
+        let page = self.pages[(index / PAGE_ENTRIES) as usize].get();
+        let page = page.expect("a page is loaded before its change is logged");
+        page[(index % PAGE_ENTRIES) as usize].store(entry.0, Ordering::Release);
+    }
+}

@@ -1,0 +1,351 @@
+//! The metadata region (2.6): what the virtual disk is.
+
+use std::collections::BTreeSet;
+
+use super::corruption::{Corruption, Stop};
+use super::guid::Guid;
+use super::le::{bytes_at, put, u16_at, u32_at};
+use super::region::Region;
+use super::{MAX_VIRTUAL_SIZE, MIB};
+use crate::{ImageError, Storage};
+
+const SIGNATURE: &[u8; 8] = b"metadata";
+/// Bytes of the metadata table, at the start of its region.
+pub(super) const TABLE_SIZE: usize = 64 << 10;
+const MAX_ENTRIES: u16 = 2047;
+const MAX_USER_ENTRIES: usize = 1024;
+const MAX_ITEM: u32 = 1 << 20;
+
+const FILE_PARAMETERS: Guid = Guid::from_digits(0xCAA16737_FA36_4D43_B3B6_33F0AA44E76B);
+const VIRTUAL_SIZE: Guid = Guid::from_digits(0x2FA54224_CD1B_4876_B211_5DBED83BF4B8);
+const DISK_ID: Guid = Guid::from_digits(0xBECA12AB_B2E6_4523_93EF_C309E000C746);
+const LOGICAL_SECTOR: Guid = Guid::from_digits(0x8141BF1D_A96F_4709_BA47_F233A8FAAB5F);
+const PHYSICAL_SECTOR: Guid = Guid::from_digits(0xCDA348C7_445D_4471_9CC9_E9885251C556);
+const PARENT_LOCATOR: Guid = Guid::from_digits(0xA8D35F2D_B30B_454D_ABF7_D3D84834AB0C);
+/// Hyper-V marks a file so while a copy into it is under way.
+const INCOMPLETE: Guid = Guid::from_digits(0x71CC85F0_1B69_4E28_9558_C3BF83AE75D3);
+/// Private items of Hyper-V that change nothing in what the disk holds: its geometry, a label.
+const HARMLESS: [Guid; 2] = [
+    Guid::from_digits(0xDA02D7BC_3D3A_423C_AC88_2A36AB21479B),
+    Guid::from_digits(0x10E1AE8A_4B7E_4169_A40F_CD70DE928393),
+];
+
+const FLAG_USER: u32 = 1;
+const FLAG_VIRTUAL_DISK: u32 = 2;
+const FLAG_REQUIRED: u32 = 4;
+
+/// What the metadata says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Metadata {
+    pub(super) block_size: u32,
+    pub(super) leave_allocated: bool,
+    pub(super) has_parent: bool,
+    pub(super) virtual_size: u64,
+    pub(super) disk_id: Guid,
+    pub(super) logical_sector: u32,
+    pub(super) physical_sector: u32,
+    /// The raw parent locator, where there is one.
+    pub(super) locator: Option<Vec<u8>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Item {
+    id: Guid,
+    offset: u32,
+    len: u32,
+    flags: u32,
+}
+
+struct Reader<'a> {
+    storage: &'a dyn Storage,
+    region: Region,
+    items: Vec<Item>,
+}
+
+/// Reads and validates the metadata.
+pub(super) fn read_metadata(storage: &dyn Storage, region: Region) -> Result<Metadata, Stop> {
+    let mut table = vec![0; TABLE_SIZE];
+    storage
+        .read_at(&mut table, region.offset)
+        .map_err(|e| ImageError::io("reading the metadata table", e))?;
+    let items = parse_table(&table, region)?;
+    let reader = Reader { storage, region, items };
+    let parameters: [u8; 8] = reader.item(FILE_PARAMETERS, "File Parameters")?;
+    let size: [u8; 8] = reader.item(VIRTUAL_SIZE, "Virtual Disk Size")?;
+    let logical: [u8; 4] = reader.item(LOGICAL_SECTOR, "Logical Sector Size")?;
+    let physical: [u8; 4] = reader.item(PHYSICAL_SECTOR, "Physical Sector Size")?;
+    let flags = u32_at(&parameters, 4);
+    let metadata = Metadata {
+        block_size: u32_at(&parameters, 0),
+        leave_allocated: flags & 1 != 0,
+        has_parent: flags & 2 != 0,
+        virtual_size: u64::from_le_bytes(size),
+        disk_id: Guid(reader.item(DISK_ID, "Virtual Disk ID")?),
+        logical_sector: u32::from_le_bytes(logical),
+        physical_sector: u32::from_le_bytes(physical),
+        locator: reader.optional(PARENT_LOCATOR)?,
+    };
+    validate(&metadata)?;
+    Ok(metadata)
+}
+
+fn validate(metadata: &Metadata) -> Result<(), Corruption> {
+    let block = metadata.block_size;
+    if !block.is_power_of_two() || !(1 << 20..=256 << 20).contains(&block) {
+        return Err(Corruption::BlockSize { value: block });
+    }
+    let sizes = [("Logical", metadata.logical_sector), ("Physical", metadata.physical_sector)];
+    for (which, value) in sizes {
+        if value != 512 && value != 4096 {
+            return Err(Corruption::SectorSize { which, value });
+        }
+    }
+    let (value, sector) = (metadata.virtual_size, metadata.logical_sector);
+    if value == 0 || value > MAX_VIRTUAL_SIZE || !value.is_multiple_of(sector.into()) {
+        return Err(Corruption::VirtualSize { value, sector });
+    }
+    if metadata.has_parent && metadata.locator.is_none() {
+        return Err(Corruption::MetadataMissing { what: "Parent Locator" });
+    }
+    Ok(())
+}
+
+fn parse_table(table: &[u8], region: Region) -> Result<Vec<Item>, Corruption> {
+    let bad = |reason| Corruption::MetadataTable { offset: region.offset, reason };
+    if table[..8] != SIGNATURE[..] {
+        return Err(bad("bad signature"));
+    }
+    let count = u16_at(table, 10);
+    if count > MAX_ENTRIES {
+        return Err(bad("EntryCount above 2047"));
+    }
+    let mut items = Vec::with_capacity(count.into());
+    let mut seen = BTreeSet::new();
+    for index in 0..usize::from(count) {
+        let entry = &table[32 + index * 32..64 + index * 32];
+        let item = Item {
+            id: Guid(bytes_at(entry, 0)),
+            offset: u32_at(entry, 16),
+            len: u32_at(entry, 20),
+            flags: u32_at(entry, 24),
+        };
+        validate_item(&item, region)?;
+        if !seen.insert((item.id, item.flags & FLAG_USER)) {
+            return Err(Corruption::MetadataDuplicate { item: item.id });
+        }
+        items.push(item);
+    }
+    if items.iter().filter(|i| i.flags & FLAG_USER != 0).count() > MAX_USER_ENTRIES {
+        return Err(bad("more than 1024 user entries"));
+    }
+    validate_overlap(&items)?;
+    Ok(items)
+}
+
+fn validate_item(item: &Item, region: Region) -> Result<(), Corruption> {
+    let Item { id, offset, len, flags } = *item;
+    let place = |reason| Err(Corruption::MetadataItemPlace { item: id, offset, len, reason });
+    if len > MAX_ITEM {
+        return place("is longer than 1 MiB");
+    }
+    if len == 0 && offset != 0 {
+        return place("is empty and has an offset");
+    }
+    if len != 0 && (offset as usize) < TABLE_SIZE {
+        return place("lies in the metadata table");
+    }
+    if u64::from(offset) + u64::from(len) > u64::from(region.len) {
+        return place("lies outside the metadata region");
+    }
+    if flags & FLAG_USER == 0 && id == INCOMPLETE {
+        return Err(Corruption::Incomplete);
+    }
+    let known = [FILE_PARAMETERS, VIRTUAL_SIZE, DISK_ID, LOGICAL_SECTOR, PHYSICAL_SECTOR, PARENT_LOCATOR];
+    let known = flags & FLAG_USER == 0 && (known.contains(&id) || HARMLESS.contains(&id));
+    if flags & FLAG_REQUIRED != 0 && !known {
+        return Err(Corruption::MetadataUnknown { item: id });
+    }
+    Ok(())
+}
+
+fn validate_overlap(items: &[Item]) -> Result<(), Corruption> {
+    let mut sorted: Vec<&Item> = items.iter().filter(|i| i.len != 0).collect();
+    sorted.sort_by_key(|i| i.offset);
+    for pair in sorted.windows(2) {
+        if pair[0].offset + pair[0].len > pair[1].offset {
+            let Item { id, offset, len, .. } = *pair[1];
+            let reason = "overlaps another item";
+            return Err(Corruption::MetadataItemPlace { item: id, offset, len, reason });
+        }
+    }
+    Ok(())
+}
+
+impl Reader<'_> {
+    fn find(&self, id: Guid) -> Option<&Item> {
+        self.items.iter().find(|i| i.id == id && i.flags & FLAG_USER == 0)
+    }
+
+    fn read(&self, item: &Item, buf: &mut [u8]) -> Result<(), ImageError> {
+        self.storage
+            .read_at(buf, self.region.offset + u64::from(item.offset))
+            .map_err(|e| ImageError::io(format!("reading metadata item {}", item.id), e))
+    }
+
+    /// An item of exactly `N` bytes that has to be there.
+    fn item<const N: usize>(&self, id: Guid, what: &'static str) -> Result<[u8; N], Stop> {
+        let item = self.find(id).ok_or(Corruption::MetadataMissing { what })?;
+        if item.len as usize != N {
+            let (offset, len) = (item.offset, item.len);
+            let reason = "has not the length of its kind";
+            return Err(Corruption::MetadataItemPlace { item: id, offset, len, reason }.into());
+        }
+        let mut buf = [0; N];
+        self.read(item, &mut buf)?;
+        Ok(buf)
+    }
+
+    fn optional(&self, id: Guid) -> Result<Option<Vec<u8>>, Stop> {
+        let Some(item) = self.find(id) else { return Ok(None) };
+        let mut buf = vec![0; item.len as usize];
+        self.read(item, &mut buf)?;
+        Ok(Some(buf))
+    }
+}
+
+/// The first 128 KiB of a new metadata region: the table and the items.
+pub(super) fn encode_region(metadata: &Metadata) -> Vec<u8> {
+    let mut region = vec![0; 2 * TABLE_SIZE];
+    let flags = u32::from(metadata.leave_allocated) | u32::from(metadata.has_parent) << 1;
+    let parameters = [metadata.block_size.to_le_bytes(), flags.to_le_bytes()].concat();
+    let disk = FLAG_VIRTUAL_DISK | FLAG_REQUIRED;
+    let items: [(Guid, u32, &[u8]); 5] = [
+        (FILE_PARAMETERS, FLAG_REQUIRED, &parameters),
+        (VIRTUAL_SIZE, disk, &metadata.virtual_size.to_le_bytes()),
+        (DISK_ID, disk, &metadata.disk_id.0),
+        (LOGICAL_SECTOR, disk, &metadata.logical_sector.to_le_bytes()),
+        (PHYSICAL_SECTOR, disk, &metadata.physical_sector.to_le_bytes()),
+    ];
+    put(&mut region, 0, SIGNATURE);
+    put(&mut region, 10, &(items.len() as u16).to_le_bytes());
+    let mut offset = TABLE_SIZE;
+    for (index, (id, flags, content)) in items.into_iter().enumerate() {
+        let at = 32 + index * 32;
+        put(&mut region, at, &id.0);
+        put(&mut region, at + 16, &(offset as u32).to_le_bytes());
+        put(&mut region, at + 20, &(content.len() as u32).to_le_bytes());
+        put(&mut region, at + 24, &flags.to_le_bytes());
+        put(&mut region, offset, content);
+        offset += content.len();
+    }
+    region
+}
+
+/// How the blocks of a disk are numbered in its BAT (2.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct BlockLayout {
+    /// Bytes of a payload block, a power of two.
+    pub(super) block_size: u64,
+    /// Payload blocks of the disk.
+    pub(super) blocks: u64,
+    /// Payload blocks for each sector bitmap block, a power of two.
+    pub(super) chunk_ratio: u64,
+    /// Entries that the BAT needs.
+    pub(super) entries: u64,
+    /// Bytes of the last block that belong to the disk.
+    pub(super) last_block_len: u64,
+}
+
+/// Whose entry of the BAT it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum EntryOwner {
+    Payload(u64),
+    Bitmap(u64),
+}
+
+impl BlockLayout {
+    pub(super) fn new(metadata: &Metadata) -> Self {
+        let block_size = u64::from(metadata.block_size);
+        let blocks = metadata.virtual_size.div_ceil(block_size);
+        let chunk_ratio = (u64::from(metadata.logical_sector) << 23) / block_size;
+        let entries = if metadata.has_parent {
+            blocks.div_ceil(chunk_ratio) * (chunk_ratio + 1)
+        } else {
+            blocks + (blocks - 1) / chunk_ratio
+        };
+        let last_block_len = metadata.virtual_size - (blocks - 1) * block_size;
+        Self { block_size, blocks, chunk_ratio, entries, last_block_len }
+    }
+
+    /// Index in the BAT of payload block `block`.
+    pub(super) fn index_of(&self, block: u64) -> u64 {
+        block + block / self.chunk_ratio
+    }
+
+    /// Whose entry `index` is; `None` for padding behind the last payload block.
+    pub(super) fn owner_of(&self, index: u64) -> Option<EntryOwner> {
+        let (chunk, inner) = (index / (self.chunk_ratio + 1), index % (self.chunk_ratio + 1));
+        if inner == self.chunk_ratio {
+            return Some(EntryOwner::Bitmap(chunk));
+        }
+        let block = chunk * self.chunk_ratio + inner;
+        (block < self.blocks).then_some(EntryOwner::Payload(block))
+    }
+
+    /// MiB that a block takes in the file.
+    pub(super) fn units_per_block(&self) -> u64 {
+        self.block_size / MIB
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn metadata(virtual_size: u64, block_size: u32, logical_sector: u32, has_parent: bool) -> Metadata {
+        Metadata {
+            block_size,
+            leave_allocated: false,
+            has_parent,
+            virtual_size,
+            disk_id: Guid::ZERO,
+            logical_sector,
+            physical_sector: 4096,
+            locator: None,
+        }
+    }
+
+    #[test]
+    fn bitmap_entries_are_interleaved_after_each_chunk() {
+        let layout = BlockLayout::new(&metadata(10 << 40, 32 << 20, 512, false));
+        assert_eq!(layout.chunk_ratio, 128);
+        assert_eq!(layout.index_of(127), 127);
+        assert_eq!(layout.index_of(128), 129);
+        assert_eq!(layout.owner_of(128), Some(EntryOwner::Bitmap(0)));
+        assert_eq!(layout.owner_of(129), Some(EntryOwner::Payload(128)));
+        assert_eq!(layout.entries, layout.blocks + (layout.blocks - 1) / 128);
+    }
+
+    #[test]
+    fn a_dynamic_table_ends_with_its_last_payload_block_and_a_differencing_one_with_its_bitmap() {
+        let size = 4 << 30;
+        let dynamic = BlockLayout::new(&metadata(size, 2 << 20, 512, false));
+        assert_eq!((dynamic.blocks, dynamic.chunk_ratio, dynamic.entries), (2048, 2048, 2048));
+        let differencing = BlockLayout::new(&metadata(size, 2 << 20, 512, true));
+        assert_eq!(differencing.entries, 2049);
+    }
+
+    #[test]
+    fn the_largest_disk_in_the_smallest_blocks_fits_the_largest_table() {
+        let layout = BlockLayout::new(&metadata(64 << 40, 1 << 20, 512, true));
+        assert!(layout.entries * 8 <= 513 << 20);
+    }
+
+    #[test]
+    fn the_last_block_may_be_partial() {
+        let layout = BlockLayout::new(&metadata((5 << 20) + 512, 2 << 20, 512, false));
+        assert_eq!((layout.blocks, layout.last_block_len), (3, (1 << 20) + 512));
+        let whole = BlockLayout::new(&metadata(6 << 20, 2 << 20, 512, false));
+        assert_eq!((whole.blocks, whole.last_block_len), (3, 2 << 20));
+    }
+}

@@ -1,0 +1,461 @@
+//! VHDX (MS-VHDX): fixed and dynamic images with sectors of 512 and 4096 bytes.
+//!
+//! ```text
+//!   parse ─► headers, log replayed (over the file, or into it), regions, metadata, BAT: all validated
+//!   bat.rs     the map in memory, read without a lock
+//!   space.rs   which MiB of the file are taken
+//!   session.rs changes: log entries, checkpoints, reclaiming space
+//! ```
+//!
+//! Section numbers in this module are those of MS-VHDX v6.0.
+
+mod bat;
+mod check;
+mod corruption;
+mod create;
+mod guid;
+mod header;
+mod le;
+mod locator;
+mod log_entry;
+mod log_scan;
+mod log_writer;
+mod metadata;
+mod overlay;
+mod parse;
+mod region;
+mod session;
+mod space;
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+
+use crate::{
+    AllocState, ByteSpan, ErrorKind, Extent, FileIndex, Format, Geometry, Image, ImageError, ImageType,
+    Piece, Pieces, Place, Storage, SyncToken, ZeroMode,
+};
+
+pub use check::check;
+pub use corruption::Corruption;
+pub use create::{CreateParams, create};
+pub use guid::Guid;
+
+use bat::{Bat, state};
+use metadata::Metadata;
+use parse::{Parsed, parse};
+use session::Inner;
+
+/// Everything is placed on multiples of this.
+const MIB: u64 = 1 << 20;
+/// The largest disk.
+const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
+/// What comes before the first region.
+const HEADER_SECTION: u64 = MIB;
+/// The longest file: offsets of blocks have 44 bits of MiB, and files have 63 bits.
+const MAX_FILE_SIZE: u64 = 1 << 62;
+
+/// An open VHDX.
+#[derive(Debug)]
+pub struct Vhdx {
+    files: Vec<Arc<dyn Storage>>,
+    storage: Arc<dyn Storage>,
+    read_only: bool,
+    metadata: Metadata,
+    facts: Facts,
+    bat: Bat,
+    inner: Mutex<Inner>,
+    /// Held for a whole checkpoint; taken before `inner`.
+    checkpointing: Mutex<()>,
+    /// Whether a session of changes has begun.
+    started: AtomicBool,
+    /// Counts log entries and extensions of the file.
+    events: AtomicU64,
+    /// The last of them that is known to be durable.
+    durable: AtomicU64,
+    wants_maintenance: AtomicBool,
+    poisoned: OnceLock<String>,
+}
+
+/// What an image says of itself, as it was opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// The id of the virtual disk.
+    pub disk_id: Guid,
+    /// Changes with each session of changes to the file.
+    pub file_write: Guid,
+    /// Changes with each session of changes to the content.
+    pub data_write: Guid,
+    /// The current header's number.
+    pub header_sequence: u64,
+    /// Whether the log had to be replayed.
+    pub was_dirty: bool,
+    /// Who made it.
+    pub creator: String,
+    /// Payload blocks that have a place, in bytes.
+    pub allocated_bytes: u64,
+    /// Bytes of the log.
+    pub log_bytes: u32,
+}
+
+impl Facts {
+    fn of(storage: &Arc<dyn Storage>, parsed: &Parsed, was_dirty: bool) -> Result<Self, ImageError> {
+        let Parsed { headers, metadata, census, .. } = parsed;
+        Ok(Self {
+            disk_id: metadata.disk_id,
+            file_write: headers.current.file_write,
+            data_write: headers.current.data_write,
+            header_sequence: headers.current.sequence,
+            was_dirty,
+            creator: header::read_creator(&**storage)?,
+            allocated_bytes: census.allocated * u64::from(metadata.block_size),
+            log_bytes: headers.current.log_len,
+        })
+    }
+}
+
+/// What can be told of an image without opening it, differencing ones included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VhdxInfo {
+    /// Fixed, dynamic or differencing.
+    pub image_type: ImageType,
+    /// Sizes.
+    pub geometry: Geometry,
+    /// What the image says of itself.
+    pub facts: Facts,
+    /// Where the parent is said to be, as the image has it.
+    pub parent_paths: Vec<String>,
+}
+
+fn type_of(metadata: &Metadata) -> ImageType {
+    match metadata {
+        Metadata { has_parent: true, .. } => ImageType::Differencing,
+        Metadata { leave_allocated: true, .. } => ImageType::Fixed,
+        _ => ImageType::Dynamic,
+    }
+}
+
+fn geometry_of(metadata: &Metadata) -> Geometry {
+    Geometry {
+        virtual_size: metadata.virtual_size,
+        logical_sector_size: metadata.logical_sector,
+        physical_sector_size: metadata.physical_sector,
+        block_size: metadata.block_size,
+        // Blocks and regions lie on MiB.
+        payload_align: MIB as u32,
+    }
+}
+
+/// Looks at an image without opening it. Writes nothing.
+///
+/// # Errors
+/// [`ErrorKind::WrongFormat`], [`ErrorKind::Corrupt`] with the rule that is broken, what the file says.
+pub fn inspect(storage: &Arc<dyn Storage>) -> Result<VhdxInfo, ImageError> {
+    let parsed = strict(storage)?;
+    let facts = Facts::of(storage, &parsed, parsed.overlay.is_some())?;
+    let paths = parsed.locator.iter().flat_map(|l| &l.paths).map(|(_, path)| path.clone());
+    Ok(VhdxInfo {
+        image_type: type_of(&parsed.metadata),
+        geometry: geometry_of(&parsed.metadata),
+        facts,
+        parent_paths: paths.collect(),
+    })
+}
+
+fn strict(storage: &Arc<dyn Storage>) -> Result<Parsed, ImageError> {
+    Ok(parse(storage, &mut |corruption| Err(corruption.into()))?)
+}
+
+/// Replays the log into the file and leaves it without one (2.3.3).
+fn replay(storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
+    let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
+    // Before the file is changed in any way (2.2.2, FileWriteGuid).
+    parsed.headers.update(&**storage, |h| h.file_write = Guid::random())?;
+    overlay.apply(&**storage)?;
+    parsed.headers.update_both(&**storage, |h| h.log_guid = Guid::ZERO)?;
+    Ok(())
+}
+
+impl Vhdx {
+    /// Opens an image. For writing, a log that was left is replayed into the file first; for reading, over it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::WrongFormat`]; [`ErrorKind::Corrupt`] with the rule that is broken; [`ErrorKind::Parent`] for a
+    /// differencing image; what the file says.
+    pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self, ImageError> {
+        let mut parsed = strict(&storage)?;
+        if parsed.metadata.has_parent {
+            return Err(parent_needed(&parsed));
+        }
+        let was_dirty = parsed.overlay.is_some();
+        if !read_only {
+            parsed.headers.current.validate_for_writing()?;
+            if was_dirty {
+                replay(&storage, parsed)?;
+                // The log may have changed anything: all of it is read again as it is now.
+                parsed = strict(&storage)?;
+            }
+        }
+        let payload = if parsed.log_reaches_payload() { parsed.view.clone() } else { storage.clone() };
+        let facts = Facts::of(&storage, &parsed, was_dirty)?;
+        let Parsed { headers, metadata, table, census, space, view, .. } = parsed;
+        let file_len = storage.len().map_err(|e| ImageError::io("reading the size of the file", e))?;
+        Ok(Self {
+            files: vec![payload],
+            bat: Bat::new(view, table, &census),
+            storage,
+            read_only,
+            metadata,
+            facts,
+            inner: Mutex::new(Inner::new(headers, space, file_len)),
+            checkpointing: Mutex::default(),
+            started: AtomicBool::new(false),
+            events: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
+            wants_maintenance: AtomicBool::new(false),
+            poisoned: OnceLock::new(),
+        })
+    }
+
+    /// What the image said of itself when it was opened.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    fn block_size(&self) -> u64 {
+        u64::from(self.metadata.block_size)
+    }
+
+    fn check_span(&self, at: ByteSpan) -> Result<(), ImageError> {
+        let sector = u64::from(self.metadata.logical_sector);
+        let inside = at.end().is_some_and(|end| end <= self.metadata.virtual_size);
+        if inside && at.offset.is_multiple_of(sector) && at.len.is_multiple_of(sector) {
+            return Ok(());
+        }
+        Err(ImageError::new(
+            ErrorKind::OutOfRange,
+            format!(
+                "{} bytes at {}: not within the disk's {} bytes on sectors of {sector}",
+                at.len, at.offset, self.metadata.virtual_size
+            ),
+        ))
+    }
+
+    /// Calls `each` with every block that the span touches: its number, the offset in it, and the length there.
+    fn for_each_block(
+        &self,
+        at: ByteSpan,
+        mut each: impl FnMut(u64, u64, u64) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        let block_size = self.block_size();
+        let (mut offset, end) = (at.offset, at.offset + at.len);
+        while offset < end {
+            let (block, within) = (offset / block_size, offset % block_size);
+            let len = (block_size - within).min(end - offset);
+            each(block, within, len)?;
+            offset += len;
+        }
+        Ok(())
+    }
+
+    fn block_place(&self, block: u64) -> Result<Option<u64>, ImageError> {
+        Ok(self.bat.block(block)?.data_offset())
+    }
+
+    /// Bytes of a block that belong to the disk.
+    fn block_len(&self, block: u64) -> u64 {
+        (self.metadata.virtual_size - block * self.block_size()).min(self.block_size())
+    }
+
+    /// The run of one state that begins at `offset`, within one block (or a run of absent pages).
+    fn extent_at(&self, offset: u64) -> Result<(u64, AllocState), ImageError> {
+        let (block, within) = (offset / self.block_size(), offset % self.block_size());
+        let left = self.block_len(block) - within;
+        let entry = self.bat.block(block)?;
+        let Some(place) = entry.data_offset() else {
+            let run = self.bat.absent_run(block);
+            if run > 1 {
+                let end = ((block + run) * self.block_size()).min(self.metadata.virtual_size);
+                return Ok((end - offset, AllocState::Absent));
+            }
+            let zero = entry.state() == state::ZERO;
+            return Ok((left, if zero { AllocState::Zero } else { AllocState::Absent }));
+        };
+        let (start, end) = (place + within, place + within + left);
+        let data = self.storage.next_data(start).map_err(|e| ImageError::io("looking for holes", e))?;
+        Ok(match data.filter(|(from, _)| *from < end) {
+            None => (left, AllocState::Zero),
+            Some((from, to)) if from <= start => (to.min(end) - start, AllocState::Data),
+            Some((from, _)) => (from - start, AllocState::Zero),
+        })
+    }
+}
+
+fn parent_needed(parsed: &Parsed) -> ImageError {
+    let paths = parsed.locator.iter().flat_map(|l| &l.paths).map(|(key, path)| format!("{key} {path:?}"));
+    let paths = paths.collect::<Vec<_>>().join(", ");
+    ImageError::new(
+        ErrorKind::Parent,
+        format!(
+            "a differencing image, whose parent was not found: parents can't be opened yet (the image names {paths})"
+        ),
+    )
+}
+
+/// Rounds a run of bytes inward to whole sectors; holes of the file need not lie on the disk's.
+fn on_sectors(offset: u64, len: u64, sector: u64) -> u64 {
+    (offset + len) / sector * sector - offset
+}
+
+impl Image for Vhdx {
+    fn format(&self) -> Format {
+        Format::Vhdx
+    }
+
+    fn image_type(&self) -> ImageType {
+        type_of(&self.metadata)
+    }
+
+    fn geometry(&self) -> Geometry {
+        geometry_of(&self.metadata)
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn files(&self) -> &[Arc<dyn Storage>] {
+        &self.files
+    }
+
+    fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        self.check_span(at)?;
+        self.for_each_block(at, |block, within, len| {
+            let place = match self.block_place(block)? {
+                Some(offset) => Place::File { file: FileIndex::TOP, offset: offset + within },
+                None => Place::Zero,
+            };
+            out.push(Piece { len, place });
+            Ok(())
+        })
+    }
+
+    fn map_write(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
+        self.check_span(at)?;
+        self.check_writable()?;
+        if at.len == 0 {
+            return Ok(());
+        }
+        self.begin_session()?;
+        let blocks = at.offset / self.block_size()..=(at.offset + at.len - 1) / self.block_size();
+        let mut absent = false;
+        for block in blocks.clone() {
+            absent |= self.block_place(block)?.is_none();
+        }
+        if absent {
+            self.allocate(blocks)?;
+        }
+        self.for_each_block(at, |block, within, len| {
+            // A discard of another thread may have taken it away again; then the two overlap, and either order will do.
+            let offset = match self.block_place(block)? {
+                Some(offset) => offset,
+                None => {
+                    self.allocate(block..=block)?;
+                    self.block_place(block)?.ok_or_else(|| {
+                        ImageError::new(
+                            ErrorKind::Io,
+                            "a block was discarded again and again while it was written",
+                        )
+                    })?
+                }
+            };
+            out.push(Piece { len, place: Place::File { file: FileIndex::TOP, offset: offset + within } });
+            Ok(())
+        })
+    }
+
+    fn map_zero(&self, at: ByteSpan, mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
+        self.check_span(at)?;
+        self.check_writable()?;
+        self.begin_session()?;
+        let may_unmap = mode == ZeroMode::Unmap && !self.metadata.leave_allocated;
+        let mut whole = Vec::new();
+        self.for_each_block(at, |block, within, len| {
+            if let Some(offset) = self.block_place(block)? {
+                if may_unmap && len == self.block_len(block) {
+                    whole.push(block);
+                } else {
+                    out.push(Piece {
+                        len,
+                        place: Place::File { file: FileIndex::TOP, offset: offset + within },
+                    });
+                }
+            }
+            Ok(())
+        })?;
+        if whole.is_empty() { Ok(()) } else { self.unmap(&whole) }
+    }
+
+    fn sync_begin(&self) -> SyncToken {
+        SyncToken(self.events.load(Ordering::Acquire))
+    }
+
+    fn sync_done(&self, token: SyncToken) {
+        self.note_synced(token);
+    }
+
+    fn wants_maintenance(&self) -> bool {
+        self.wants_maintenance.load(Ordering::Relaxed)
+    }
+
+    fn maintain(&self, quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.look_after(quiesce)
+    }
+
+    fn commit(&self) -> Result<(), ImageError> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.check_writable()?;
+        self.sync_file()
+    }
+
+    fn close(&self) -> Result<(), ImageError> {
+        if self.read_only {
+            return Ok(());
+        }
+        self.check_writable()?;
+        self.end_session()
+    }
+
+    fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError> {
+        let size = self.metadata.virtual_size;
+        if offset >= size {
+            return Ok(None);
+        }
+        let sector = u64::from(self.metadata.logical_sector);
+        let (mut len, state) = self.extent_at(offset)?;
+        while offset + len < size {
+            let (more, next) = self.extent_at(offset + len)?;
+            if next != state {
+                break;
+            }
+            len += more;
+        }
+        if state != AllocState::Data && offset + len < size {
+            // Rounded so that what is data is never told as zero.
+            len = on_sectors(offset, len, sector);
+        } else if state == AllocState::Data {
+            len = (offset + len).next_multiple_of(sector).min(size) - offset;
+        }
+        if len == 0 {
+            return Ok(Some(Extent {
+                span: ByteSpan::new(offset, sector.min(size - offset)),
+                state: AllocState::Data,
+            }));
+        }
+        Ok(Some(Extent { span: ByteSpan::new(offset, len), state }))
+    }
+}

@@ -1,0 +1,422 @@
+//! Changing an image: allocating, zeroing, the log, checkpoints.
+//!
+//! ```text
+//!   map_write ─► take space ─► log entry (written, not synced) ─► BAT in memory ─► caller writes payload ─► guest told
+//!   flush     ─► one sync: payload and log entry durable
+//!   maintain  ─► sync ─► BAT pages in place ─► sync ─► later entries say: replay from here on
+//! ```
+//!
+//! Locks, in this order: `checkpointing`, then `inner`. `inner` is held only for work in memory and for writing the log.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
+
+use super::bat::{BatEntry, PAGE_ENTRIES};
+use super::guid::Guid;
+use super::header::{HeaderWriteError, Headers};
+use super::log_writer::{LogWriter, PAGES_MAX};
+use super::space::Space;
+use super::{MAX_FILE_SIZE, MIB, Vhdx};
+use crate::{ErrorKind, ImageError, SyncToken};
+
+/// The file is extended by at least this much at once: 64 MiB, which costs nothing as long as it is a hole.
+const GROWTH_MIN: u64 = 64 << 20;
+/// The file is extended by this part of its size, where that is more.
+const GROWTH_PART: u64 = 16;
+
+/// Gaps that are zeroed at once.
+const GAPS_MAX: usize = 64;
+
+/// What changes of an open image.
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) headers: Headers,
+    pub(super) space: Space,
+    /// The file's size as we set it, in bytes.
+    pub(super) file_len: u64,
+    /// A size that is durable, in bytes.
+    durable_len: u64,
+    /// Sizes that are not yet known to be durable: (event, size).
+    growths: Vec<(u64, u64)>,
+    log: Option<LogWriter>,
+    /// Pages of the BAT that are newer in the log than in their place: the last entry that has them.
+    dirty: BTreeMap<u64, u64>,
+    /// Blocks that are out of the map but may still be written to: (first unit, units).
+    freed: Vec<(u64, u64)>,
+}
+
+impl Inner {
+    pub(super) fn new(headers: Headers, space: Space, file_len: u64) -> Self {
+        Self {
+            headers,
+            space,
+            file_len,
+            durable_len: file_len,
+            growths: Vec::new(),
+            log: None,
+            dirty: BTreeMap::new(),
+            freed: Vec::new(),
+        }
+    }
+
+    /// Takes note of what is durable now.
+    fn note_durable(&mut self, event: u64) {
+        let durable_len = &mut self.durable_len;
+        self.growths.retain(|(at, len)| {
+            if *at <= event {
+                *durable_len = *len;
+            }
+            *at > event
+        });
+        if let Some(log) = &mut self.log {
+            log.release(event);
+        }
+    }
+
+    fn log(&mut self) -> &mut LogWriter {
+        self.log.as_mut().expect("a session has a log")
+    }
+}
+
+impl Vhdx {
+    pub(super) fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next event in the order that tokens count; the caller holds `inner`, and says when it has happened.
+    fn next_event(&self) -> u64 {
+        self.events.load(Ordering::Relaxed) + 1
+    }
+
+    fn happened(&self, event: u64) {
+        self.events.store(event, Ordering::Release);
+    }
+
+    pub(super) fn poison(&self, error: &ImageError) {
+        let _ = self.poisoned.set(error.message.clone());
+    }
+
+    pub(super) fn check_writable(&self) -> Result<(), ImageError> {
+        if self.read_only {
+            return Err(ImageError::new(ErrorKind::ReadOnly, "the image is open for reading only"));
+        }
+        match self.poisoned.get() {
+            None => Ok(()),
+            Some(why) => Err(ImageError::new(
+                ErrorKind::Poisoned,
+                format!("the image can't be written any more since an earlier failure: {why}"),
+            )),
+        }
+    }
+
+    pub(super) fn sync_file(&self) -> Result<(), ImageError> {
+        let token = self.events.load(Ordering::Acquire);
+        self.storage.sync().map_err(|e| {
+            let error = ImageError::io("syncing the image", e);
+            // What a failed sync has lost is not known, and no later one brings it back.
+            self.poison(&error);
+            error
+        })?;
+        self.note_synced(SyncToken(token));
+        Ok(())
+    }
+
+    pub(super) fn note_synced(&self, token: SyncToken) {
+        self.durable.fetch_max(token.0, Ordering::AcqRel);
+    }
+
+    // --- sessions ----------------------------------------------------------------------------------------------------
+
+    /// The first change of a session: the file's and the data's ids change and the log begins, before anything else is
+    /// written (2.2.2).
+    pub(super) fn begin_session(&self) -> Result<(), ImageError> {
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut inner = self.inner();
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.check_writable()?;
+        let end = inner.space.end() * MIB;
+        if end < inner.file_len {
+            // What lies behind the last structure may be what a crash has left of blocks that were never recorded. New
+            // blocks go there, and have to read as zeroes.
+            self.storage
+                .set_len(end)
+                .map_err(|e| ImageError::io("cutting off what is behind the last block", e))?;
+            (inner.file_len, inner.durable_len) = (end, end);
+        }
+        let current = inner.headers.current;
+        let mut log = LogWriter::new(Guid::random(), current.log_offset, current.log_len);
+        let event = self.next_event();
+        // The log has to hold a valid entry before a header says that there is one to replay.
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        log.append(&*self.storage, event, flushed, last, &[])?;
+        self.happened(event);
+        self.sync_file()?;
+        let (guid, file_write, data_write) = (log.guid(), Guid::random(), Guid::random());
+        let updated = inner.headers.update_both(&*self.storage, |h| {
+            (h.log_guid, h.file_write, h.data_write) = (guid, file_write, data_write);
+        });
+        self.header_written(updated)?;
+        inner.log = Some(log);
+        self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn header_written(&self, result: Result<(), HeaderWriteError>) -> Result<(), ImageError> {
+        result.map_err(|e| {
+            let unknown = matches!(e, HeaderWriteError::Sync(_));
+            let error = ImageError::from(e);
+            if unknown {
+                self.poison(&error);
+            }
+            error
+        })
+    }
+
+    // --- changes of the BAT ------------------------------------------------------------------------------------------
+
+    /// Gives a place to every block of the range that has none.
+    pub(super) fn allocate(&self, blocks: std::ops::RangeInclusive<u64>) -> Result<(), ImageError> {
+        self.change(|inner| {
+            let mut changes = Vec::new();
+            for block in blocks.clone() {
+                if self.bat.block(block)?.data_offset().is_none() {
+                    changes
+                        .push((self.bat.layout().index_of(block), BatEntry::present(inner.space.allocate())));
+                    if changes.len() as u64 == PAGE_ENTRIES {
+                        break;
+                    }
+                }
+            }
+            Ok(changes)
+        })
+    }
+
+    /// Takes the places of blocks away, which then read as zeroes.
+    pub(super) fn unmap(&self, blocks: &[u64]) -> Result<(), ImageError> {
+        for some in blocks.chunks(PAGE_ENTRIES as usize) {
+            let freed = std::cell::RefCell::new(Vec::new());
+            self.change(|_| {
+                let mut changes = Vec::new();
+                for &block in some {
+                    if let Some(offset) = self.bat.block(block)?.data_offset() {
+                        changes.push((self.bat.layout().index_of(block), BatEntry::ZERO));
+                        freed.borrow_mut().push((offset / MIB, self.bat.layout().units_per_block()));
+                    }
+                }
+                Ok(changes)
+            })?;
+            self.inner().freed.extend(freed.into_inner());
+            self.wants_maintenance.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// Logs and shows the changes that `plan` asks for, until it asks for none. Makes room in the log where there is none.
+    fn change(
+        &self,
+        plan: impl Fn(&mut Inner) -> Result<Vec<(u64, BatEntry)>, ImageError>,
+    ) -> Result<(), ImageError> {
+        loop {
+            self.check_writable()?;
+            let mut inner = self.inner();
+            inner.note_durable(self.durable.load(Ordering::Acquire));
+            if !inner.log().has_room(PAGES_MAX) {
+                drop(inner);
+                self.checkpoint(true)?;
+                continue;
+            }
+            let changes = plan(&mut inner)?;
+            if changes.is_empty() {
+                return Ok(());
+            }
+            if let Err(e) = self.log_changes(&mut inner, &changes) {
+                self.take_back(&mut inner, &changes);
+                return Err(e);
+            }
+            if inner.log().is_half_full() {
+                self.wants_maintenance.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn log_changes(&self, inner: &mut Inner, changes: &[(u64, BatEntry)]) -> Result<(), ImageError> {
+        self.grow(inner, inner.space.end() * MIB)?;
+        let mut pages: Vec<u64> = changes.iter().map(|(index, _)| index / PAGE_ENTRIES).collect();
+        pages.sort_unstable();
+        pages.dedup();
+        assert!(pages.len() <= PAGES_MAX, "changes are planned so that their pages fit an entry");
+        let encoded =
+            pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, changes)?)));
+        let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
+        let event = self.next_event();
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        inner.log().append(&*self.storage, event, flushed, last, &encoded)?;
+        let sequence = inner.log().sequence();
+        inner.dirty.extend(pages.into_iter().map(|page| (page, sequence)));
+        for (index, entry) in changes {
+            self.bat.publish(*index, *entry);
+        }
+        self.happened(event);
+        Ok(())
+    }
+
+    /// Puts back what was taken for changes that could not be logged. Nothing was written there.
+    fn take_back(&self, inner: &mut Inner, changes: &[(u64, BatEntry)]) {
+        let units = self.bat.layout().units_per_block();
+        for entry in changes.iter().filter_map(|(_, entry)| entry.data_offset()) {
+            inner.space.give_zeroed(entry / MIB, units);
+        }
+    }
+
+    /// Extends the file, ahead of need, so that it holds `end` bytes. What is new is a hole that reads as zeroes.
+    fn grow(&self, inner: &mut Inner, end: u64) -> Result<(), ImageError> {
+        if end <= inner.file_len {
+            return Ok(());
+        }
+        let ahead = GROWTH_MIN.max(inner.file_len / GROWTH_PART / MIB * MIB);
+        let wanted = (end + ahead).min(MAX_FILE_SIZE / MIB * MIB);
+        if wanted < end {
+            return Err(ImageError::new(
+                ErrorKind::NoSpace,
+                format!("the image would be longer than {MAX_FILE_SIZE} bytes"),
+            ));
+        }
+        let event = self.next_event();
+        let grown = self
+            .storage
+            .set_len(wanted)
+            .map(|()| wanted)
+            .or_else(|_| self.storage.set_len(end).map(|()| end));
+        inner.file_len = grown.map_err(|e| ImageError::io("extending the image", e))?;
+        inner.growths.push((event, inner.file_len));
+        self.happened(event);
+        Ok(())
+    }
+
+    // --- checkpoints -------------------------------------------------------------------------------------------------
+
+    /// Applies what is logged. With `urgent`, the room that this makes in the log can be used at once.
+    pub(super) fn checkpoint(&self, urgent: bool) -> Result<(), ImageError> {
+        let _one = self.checkpointing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_writable()?;
+        let (pages, sequence) = {
+            let mut inner = self.inner();
+            let Some(log) = &inner.log else { return Ok(()) };
+            let sequence = log.sequence();
+            if urgent && log.has_room(PAGES_MAX) && !log.is_half_full() {
+                // Somebody else has just made room.
+                return Ok(());
+            }
+            let pages = inner.dirty.keys().copied().collect::<Vec<_>>();
+            let encoded =
+                pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, &[])?)));
+            let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
+            inner.note_durable(self.durable.load(Ordering::Acquire));
+            (encoded, sequence)
+        };
+        // Log entries first: a page in its place must not be newer than what replay ends with.
+        self.sync_file()?;
+        for (offset, page) in &pages {
+            let written = self.storage.write_at(page, *offset);
+            written.map_err(|e| ImageError::io(format!("writing the BAT at {offset:#x}"), e))?;
+        }
+        if !pages.is_empty() {
+            self.sync_file()?;
+        }
+        self.advance_tail(sequence)?;
+        if urgent {
+            self.sync_file()?;
+        }
+        self.inner().note_durable(self.durable.load(Ordering::Acquire));
+        Ok(())
+    }
+
+    /// Says in the log that everything up to this entry is in its place.
+    fn advance_tail(&self, sequence: u64) -> Result<(), ImageError> {
+        let mut inner = self.inner();
+        inner.note_durable(self.durable.load(Ordering::Acquire));
+        inner.dirty.retain(|_, last| *last > sequence);
+        inner.log().applied(sequence);
+        let event = self.next_event();
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        inner.log().append(&*self.storage, event, flushed, last, &[])?;
+        self.happened(event);
+        Ok(())
+    }
+
+    /// Turns blocks that were unmapped, and gaps whose content is not known, into space that may be used.
+    pub(super) fn reclaim(&self, quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        let freed = {
+            let mut inner = self.inner();
+            let mut freed = std::mem::take(&mut inner.freed);
+            if inner.space.wants_gaps() {
+                freed.extend(inner.space.take_gaps(GAPS_MAX));
+            }
+            freed
+        };
+        if freed.is_empty() {
+            return Ok(());
+        }
+        let reclaimed = (|| {
+            // That the blocks are not mapped has to be durable before their content goes.
+            self.sync_file()?;
+            quiesce();
+            for (start, units) in &freed {
+                let punched = self.storage.punch(start * MIB, units * MIB);
+                punched.map_err(|e| {
+                    ImageError::io(format!("giving back {units} MiB at {:#x}", start * MIB), e)
+                })?;
+            }
+            // And their zeroes before anything else may be put there.
+            self.sync_file()
+        })();
+        let mut inner = self.inner();
+        match reclaimed {
+            Ok(()) => freed.iter().for_each(|(start, units)| inner.space.give_zeroed(*start, *units)),
+            Err(_) => inner.freed.extend(freed),
+        }
+        reclaimed
+    }
+
+    /// Ends the session: everything in its place, the log empty, no slack at the end.
+    pub(super) fn end_session(&self) -> Result<(), ImageError> {
+        if !self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.reclaim(&|| ())?;
+        self.checkpoint(false)?;
+        self.sync_file()?;
+        let mut inner = self.inner();
+        assert!(inner.dirty.is_empty(), "nothing may be mapped while an image is closed");
+        let updated = inner.headers.update_both(&*self.storage, |h| h.log_guid = Guid::ZERO);
+        self.header_written(updated)?;
+        inner.log = None;
+        self.started.store(false, Ordering::Release);
+        let end = inner.space.trim() * MIB;
+        if end < inner.file_len {
+            self.storage.set_len(end).map_err(|e| ImageError::io("cutting the slack off", e))?;
+            (inner.file_len, inner.durable_len) = (end, end);
+            inner.growths.clear();
+            self.sync_file()?;
+        }
+        Ok(())
+    }
+
+    /// What `maintain` does when it is wanted.
+    pub(super) fn look_after(&self, quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        if !self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.wants_maintenance.store(false, Ordering::Relaxed);
+        let is_clean = self.inner().dirty.is_empty();
+        if !is_clean {
+            self.checkpoint(false)?;
+        }
+        self.reclaim(quiesce)
+    }
+}
