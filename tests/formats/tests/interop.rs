@@ -12,6 +12,8 @@ use sha2::{Digest, Sha256};
 
 /// Not a multiple of any block size, but of 4096.
 const SIZE: u64 = (70 << 20) + (12 << 10);
+/// For sectors of 4096 bytes, where 7-Zip knows only disks of whole MiB.
+const SIZE_4K: u64 = 70 << 20;
 
 /// Reads all of an image, dumped by libvhdi through its Python binding.
 const VHDI: &str = "
@@ -29,11 +31,12 @@ print(f.get_media_size(), h.hexdigest())
 /// A random trace of writes, zeroes and discards, and what the disk holds after it.
 fn fill(image: &dyn Image, seed: u64) -> Vec<u8> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut model = vec![0; SIZE as usize];
+    let size = image.geometry().virtual_size;
+    let mut model = vec![0; size as usize];
     let sector = u64::from(image.geometry().logical_sector_size);
     for step in 0..400u32 {
         let count = random.random_range(1..=if step % 20 == 0 { 600 } else { 24 });
-        let at = random.random_range(0..SIZE / sector - count) * sector;
+        let at = random.random_range(0..size / sector - count) * sector;
         let len = count * sector;
         let range = at as usize..(at + len) as usize;
         if step % 7 == 6 {
