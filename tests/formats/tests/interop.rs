@@ -114,7 +114,7 @@ fn swap(format: Format, image_type: ImageType, sector: u32, block_size: Option<u
         image_type,
         block_size,
         logical_sector_size: sector,
-        ..CreateOptions::new(format, SIZE)
+        ..CreateOptions::new(format, if sector == 512 { SIZE } else { SIZE_4K })
     };
     formats::create(&path, &options).unwrap();
     let image = formats::open(&path, &OpenOptions::default()).unwrap();
