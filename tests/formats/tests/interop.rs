@@ -154,3 +154,48 @@ fn vhdxs_with_large_sectors_read_the_same_where_they_are_known() {
     // QEMU knows sectors of 512 bytes only.
     swap(Format::Vhdx, ImageType::Dynamic, 4096, None, false);
 }
+
+#[test]
+fn vhdxs_that_qemu_makes_are_read_and_written() {
+    if !has("qemu-img", &["--version"]) || !has("qemu-io", &["--version"]) {
+        return;
+    }
+    let run = |program: &str, args: &[&str], path: &Path| {
+        output(Command::new(program).args(args).arg(path)).unwrap()
+    };
+    for (options, size) in [
+        ("subformat=dynamic", "96M"),
+        ("subformat=dynamic,block_size=1048576", "96M"),
+        ("subformat=dynamic,block_size=1048576,log_size=2097152", "9G"),
+        ("subformat=fixed", "64M"),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("theirs.vhdx");
+        let created = Command::new("qemu-img")
+            .args(["create", "-q", "-f", "vhdx", "-o", options])
+            .arg(&path)
+            .arg(size)
+            .output();
+        assert!(created.unwrap().status.success());
+        run("qemu-io", &["-f", "vhdx", "-c", "write -P 0x77 5M 3M"], &path);
+        let image = formats::open(&path, &OpenOptions::default()).unwrap();
+        let mut read = vec![0; 3 << 20];
+        formats::read_payload(&*image, 5 << 20, &mut read).unwrap();
+        assert!(read.iter().all(|b| *b == 0x77), "{options}");
+        write_payload(&*image, 6 << 20, &vec![0x11; 4 << 20]).unwrap();
+        zero_payload(&*image, 5 << 20, 512, ZeroMode::Unmap).unwrap();
+        image.close().unwrap();
+        drop(image);
+        run("qemu-img", &["check", "-q", "-f", "vhdx"], &path);
+        // And on: QEMU reads what was written here, and adds to it.
+        for c in ["read -P 0x0 5M 512", "read -P 0x11 6M 4M", "write -P 0x55 30M 64k", "read -P 0x0 40M 1M"] {
+            run("qemu-io", &["-f", "vhdx", "-c", c], &path);
+        }
+        let image = formats::open(&path, &OpenOptions::default()).unwrap();
+        let mut read = vec![0; 64 << 10];
+        formats::read_payload(&*image, 30 << 20, &mut read).unwrap();
+        assert!(read.iter().all(|b| *b == 0x55), "{options}");
+        drop(image);
+        assert!(formats::check(&path, None, false).unwrap().is_sound());
+    }
+}
