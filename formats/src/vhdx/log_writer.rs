@@ -104,6 +104,11 @@ impl LogWriter {
         Ok(())
     }
 
+    /// Makes sure that an entry whose writing failed cannot come to life: its changes were refused. `false`: not sure.
+    pub(super) fn forget_failed(&self, storage: &dyn Storage) -> bool {
+        storage.write_at(&[0; SECTOR_LEN as usize], self.offset + u64::from(self.next)).is_ok()
+    }
+
     /// Everything up to this entry is applied and durable in its place.
     pub(super) fn applied(&mut self, sequence: u64) {
         self.tail_sequence = self.tail_sequence.max(sequence + 1);

@@ -51,8 +51,9 @@ const MIB: u64 = 1 << 20;
 const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 /// What comes before the first region.
 const HEADER_SECTION: u64 = MIB;
-/// The longest file: offsets of blocks have 44 bits of MiB, and files have 63 bits.
-const MAX_FILE_SIZE: u64 = 1 << 62;
+/// The longest file: 256 TiB. Its space is a bitmap of one bit for each MiB, which must not exceed 32 MiB whatever a
+/// hostile log or a sparse file claims.
+const MAX_FILE_SIZE: u64 = 256 << 40;
 
 /// An open VHDX.
 #[derive(Debug)]
@@ -281,7 +282,7 @@ impl Vhdx {
             return Ok((left, if zero { AllocState::Zero } else { AllocState::Absent }));
         };
         let (start, end) = (place + within, place + within + left);
-        let data = self.storage.next_data(start).map_err(|e| ImageError::io("looking for holes", e))?;
+        let data = self.files[0].next_data(start).map_err(|e| ImageError::io("looking for holes", e))?;
         Ok(match data.filter(|(from, _)| *from < end) {
             None => (left, AllocState::Zero),
             Some((from, to)) if from <= start => (to.min(end) - start, AllocState::Data),

@@ -168,9 +168,11 @@ impl Vhdx {
 
     fn header_written(&self, result: Result<(), HeaderWriteError>) -> Result<(), ImageError> {
         result.map_err(|e| {
-            let unknown = matches!(e, HeaderWriteError::Sync(_));
+            // A header that could not be written may have been written all the same, or one of the two was: then the file
+            // names another log than the one we write to, and going on would lose what is flushed.
+            let untouched = matches!(e, HeaderWriteError::Refused(_));
             let error = ImageError::from(e);
-            if unknown {
+            if !untouched {
                 self.poison(&error);
             }
             error
@@ -198,7 +200,9 @@ impl Vhdx {
 
     /// Takes the places of blocks away, which then read as zeroes.
     pub(super) fn unmap(&self, blocks: &[u64]) -> Result<(), ImageError> {
-        for some in blocks.chunks(PAGE_ENTRIES as usize) {
+        // As many blocks at once as have their entries on the pages that fit an entry of the log.
+        let page_of = |block: &u64| self.bat.layout().index_of(*block) / PAGE_ENTRIES;
+        for some in blocks.chunk_by(|a, b| page_of(a) / PAGES_MAX as u64 == page_of(b) / PAGES_MAX as u64) {
             let freed = std::cell::RefCell::new(Vec::new());
             self.change(|_| {
                 let mut changes = Vec::new();
@@ -245,7 +249,9 @@ impl Vhdx {
     }
 
     fn log_changes(&self, inner: &mut Inner, changes: &[(u64, BatEntry)]) -> Result<(), ImageError> {
-        self.grow(inner, inner.space.end() * MIB)?;
+        let units = self.bat.layout().units_per_block();
+        let ends = changes.iter().filter_map(|(_, entry)| entry.data_offset()).map(|at| at + units * MIB);
+        self.grow(inner, ends.max().unwrap_or(0))?;
         let mut pages: Vec<u64> = changes.iter().map(|(index, _)| index / PAGE_ENTRIES).collect();
         pages.sort_unstable();
         pages.dedup();
@@ -255,7 +261,12 @@ impl Vhdx {
         let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
         let event = self.next_event();
         let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
-        inner.log().append(&*self.storage, event, flushed, last, &encoded)?;
+        if let Err(e) = inner.log().append(&*self.storage, event, flushed, last, &encoded) {
+            if e.kind != ErrorKind::NoSpace || !inner.log().forget_failed(&*self.storage) {
+                self.poison(&e);
+            }
+            return Err(e);
+        }
         let sequence = inner.log().sequence();
         inner.dirty.extend(pages.into_iter().map(|page| (page, sequence)));
         for (index, entry) in changes {
