@@ -152,7 +152,7 @@ impl Vhdx {
         let mut log = LogWriter::new(Guid::random(), current.log_offset, current.log_len);
         let event = self.next_event();
         // The log has to hold a valid entry before a header says that there is one to replay.
-        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
         log.append(&*self.storage, event, flushed, last, &[])?;
         self.happened(event);
         self.sync_file()?;
@@ -260,7 +260,7 @@ impl Vhdx {
             pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, changes)?)));
         let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
         let event = self.next_event();
-        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
         if let Err(e) = inner.log().append(&*self.storage, event, flushed, last, &encoded) {
             if e.kind != ErrorKind::NoSpace || !inner.log().forget_failed(&*self.storage) {
                 self.poison(&e);
@@ -354,7 +354,7 @@ impl Vhdx {
         inner.dirty.retain(|_, last| *last > sequence);
         inner.log().applied(sequence);
         let event = self.next_event();
-        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.file_len.next_multiple_of(MIB));
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
         inner.log().append(&*self.storage, event, flushed, last, &[])?;
         self.happened(event);
         Ok(())
@@ -425,9 +425,12 @@ impl Vhdx {
         }
         self.wants_maintenance.store(false, Ordering::Relaxed);
         let is_clean = self.inner().dirty.is_empty();
-        if !is_clean {
-            self.checkpoint(false)?;
+        let done =
+            if is_clean { Ok(()) } else { self.checkpoint(false) }.and_then(|()| self.reclaim(quiesce));
+        if done.is_err() {
+            // To be tried again when somebody next asks.
+            self.wants_maintenance.store(true, Ordering::Relaxed);
         }
-        self.reclaim(quiesce)
+        done
     }
 }
