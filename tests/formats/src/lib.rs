@@ -10,6 +10,7 @@
 //! contents are then allowed. The unit of everything is the 512-byte sector, which is written whole or not at all.
 #![forbid(unsafe_code)]
 
+pub mod corpus;
 mod crash;
 mod disk;
 mod oracle;

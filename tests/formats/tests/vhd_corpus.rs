@@ -1,41 +1,21 @@
 //! Real and hostile VHDs of the corpus: `BLOCKD_CORPUS` names its folder, whose README says what is in it.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use formats::vhd::{self, Vhd};
 use formats::{ErrorKind, Image, ImageType, Severity, Storage};
-use formats_tests::{SimDisk, SimStorage, read_payload, write_payload};
-use sha2::{Digest, Sha256};
-
-fn corpus() -> Option<PathBuf> {
-    let folder = std::env::var_os("BLOCKD_CORPUS").map(PathBuf::from);
-    if folder.is_none() {
-        println!("SKIPPED: BLOCKD_CORPUS is not set, so no image of the corpus was looked at");
-    }
-    folder
-}
+use formats_tests::corpus::{self, sha256_of as whole, sparse, sparse64k_of as sparse64k};
+use formats_tests::{SimStorage, read_payload, write_payload};
 
 fn unpack(path: &Path) -> Vec<u8> {
-    let packed = std::fs::read(path).unwrap();
-    let mut image = Vec::new();
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("bz2") => drop(bzip2::read::BzDecoder::new(&packed[..]).read_to_end(&mut image).unwrap()),
-        Some("gz") => drop(flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut image).unwrap()),
-        _ => image = packed,
-    }
-    image
+    corpus::unpack(path).unwrap()
 }
 
-/// A simulated file of these bytes in which zeroes are holes, as on disk.
-fn sparse(bytes: &[u8]) -> Arc<SimStorage> {
-    let mut disk = SimDisk::new();
-    disk.set_len(bytes.len() as u64);
-    disk.write(0, bytes);
-    SimStorage::from_disk(disk)
+fn table(path: &Path) -> Vec<Vec<String>> {
+    corpus::table(path).unwrap()
 }
 
 fn open(sim: &Arc<SimStorage>, read_only: bool, recover: bool) -> Result<Vhd, formats::ImageError> {
@@ -43,53 +23,9 @@ fn open(sim: &Arc<SimStorage>, read_only: bool, recover: bool) -> Result<Vhd, fo
     Vhd::open(storage, read_only, recover)
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// SHA-256 of the whole content; only for disks that are small enough.
-fn whole(image: &dyn Image) -> String {
-    let size = image.geometry().virtual_size;
-    let mut hash = Sha256::new();
-    for at in (0..size).step_by(1 << 20) {
-        hash.update(read_payload(image, at, (size - at).min(1 << 20) as usize).unwrap());
-    }
-    hex(&hash.finalize())
-}
-
-/// SHA-256 over the 64 KiB chunks that are not zero, with their offsets, and the size.
-fn sparse64k(image: &dyn Image) -> String {
-    const CHUNK: u64 = 64 << 10;
-    let size = image.geometry().virtual_size;
-    let mut hash = Sha256::new();
-    let mut at = 0;
-    while at < size {
-        let extent = image.next_extent(at).unwrap().unwrap();
-        if extent.state != formats::AllocState::Data && extent.span.len >= 2 * CHUNK {
-            let to = at + extent.span.len;
-            at = if to == size { size } else { to / CHUNK * CHUNK };
-            continue;
-        }
-        let data = read_payload(image, at, (size - at).min(CHUNK) as usize).unwrap();
-        if data.iter().any(|b| *b != 0) {
-            hash.update(at.to_le_bytes());
-            hash.update(&data);
-        }
-        at += CHUNK;
-    }
-    hash.update(size.to_le_bytes());
-    hex(&hash.finalize())
-}
-
-/// Rows of a table with a heading.
-fn table(path: &Path) -> Vec<Vec<String>> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().skip(1).map(|l| l.split('\t').map(str::to_owned).collect()).collect()
-}
-
 #[test]
 fn real_images_read_as_their_makers_software_reads_them() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHD") else { return };
     let mut read = 0;
     for row in table(&corpus.join("manifest.tsv")) {
         let (path, parents, size) = (&row[0], &row[5], &row[6]);
@@ -128,7 +64,7 @@ fn real_images_read_as_their_makers_software_reads_them() {
 
 #[test]
 fn real_images_keep_their_content_when_they_are_written_to() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHD") else { return };
     let mut written = 0;
     for row in table(&corpus.join("manifest.tsv")) {
         if !row[0].contains(".vhd.") {
@@ -165,7 +101,7 @@ fn real_images_keep_their_content_when_they_are_written_to() {
 /// Some software puts a new block where the old footer was, and lets the guest read the footer.
 #[test]
 fn a_new_block_of_a_windows_disk_holds_no_stale_footer() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHD") else { return };
     let sim = sparse(&unpack(&corpus.join("node-vhd/dynamic.vhd.gz")));
     let image = open(&sim, false, false).unwrap();
     assert_eq!(image.geometry().payload_align, 4096, "Windows puts data on pages");
@@ -193,7 +129,7 @@ fn a_new_block_of_a_windows_disk_holds_no_stale_footer() {
 #[test]
 fn hostile_images_are_refused_or_contained() {
     use ErrorKind::{Corrupt, NeedsRepair, Parent, Unsupported};
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHD") else { return };
     type Owed = Result<(), ErrorKind>;
     let owed = |name: &str| -> (Owed, Owed) {
         match &name[..3] {
@@ -245,7 +181,7 @@ fn hostile_images_are_refused_or_contained() {
 
 #[test]
 fn a_lost_footer_comes_back_by_repair_and_by_recovery() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHD") else { return };
     let bytes = unpack(&corpus.join("hostile/v04-no-end-footer.vhd.bz2"));
     let content = whole(&open(&sparse(&bytes), true, false).unwrap());
     for recover in [false, true] {

@@ -1,36 +1,21 @@
 //! Real and hostile VHDXs of the corpus: `BLOCKD_CORPUS` names its folder, whose README says what is in it.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use formats::vhdx::{self, Vhdx};
-use formats::{AllocState, ErrorKind, Image, Storage};
-use formats_tests::{SimDisk, SimStorage, read_payload, write_payload};
-use sha2::{Digest, Sha256};
-
-fn corpus() -> Option<PathBuf> {
-    let folder = std::env::var_os("BLOCKD_CORPUS").map(PathBuf::from);
-    if folder.is_none() {
-        println!("SKIPPED: BLOCKD_CORPUS is not set, so no VHDX of the corpus was looked at");
-    }
-    folder
-}
+use formats::{ErrorKind, Image, Storage};
+use formats_tests::corpus::{self, sha256_of as whole, sparse64k_of as sparse64k};
+use formats_tests::{SimStorage, read_payload, write_payload};
 
 fn unpack(path: &Path) -> Arc<SimStorage> {
-    let packed = std::fs::read(path).unwrap();
-    let mut image = Vec::new();
-    if path.extension().is_some_and(|e| e == "gz") {
-        flate2::read::GzDecoder::new(&packed[..]).read_to_end(&mut image).unwrap();
-    } else {
-        bzip2::read::BzDecoder::new(&packed[..]).read_to_end(&mut image).unwrap();
-    }
-    let mut disk = SimDisk::new();
-    disk.set_len(image.len() as u64);
-    disk.write(0, &image);
-    SimStorage::from_disk(disk)
+    corpus::sparse(&corpus::unpack(path).unwrap())
+}
+
+fn table(path: &Path) -> Vec<Vec<String>> {
+    corpus::table(path).unwrap()
 }
 
 fn open(sim: &Arc<SimStorage>, read_only: bool) -> Result<Vhdx, formats::ImageError> {
@@ -41,48 +26,6 @@ fn open(sim: &Arc<SimStorage>, read_only: bool) -> Result<Vhdx, formats::ImageEr
 fn check(sim: &Arc<SimStorage>, repair: bool) -> Result<formats::CheckReport, formats::ImageError> {
     let storage: Arc<dyn Storage> = sim.clone();
     vhdx::check(storage, repair)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
-}
-
-fn whole(image: &dyn Image) -> String {
-    let size = image.geometry().virtual_size;
-    let mut hash = Sha256::new();
-    for at in (0..size).step_by(1 << 20) {
-        hash.update(read_payload(image, at, (size - at).min(1 << 20) as usize).unwrap());
-    }
-    hex(&hash.finalize())
-}
-
-/// SHA-256 over the 64 KiB chunks that are not zero, with their offsets, and the size.
-fn sparse64k(image: &dyn Image) -> String {
-    const CHUNK: u64 = 64 << 10;
-    let size = image.geometry().virtual_size;
-    let mut hash = Sha256::new();
-    let mut at = 0;
-    while at < size {
-        let extent = image.next_extent(at).unwrap().unwrap();
-        if extent.state != AllocState::Data && extent.span.len >= 2 * CHUNK {
-            let to = at + extent.span.len;
-            at = if to == size { size } else { to / CHUNK * CHUNK };
-            continue;
-        }
-        let data = read_payload(image, at, (size - at).min(CHUNK) as usize).unwrap();
-        if data.iter().any(|b| *b != 0) {
-            hash.update(at.to_le_bytes());
-            hash.update(&data);
-        }
-        at += CHUNK;
-    }
-    hash.update(size.to_le_bytes());
-    hex(&hash.finalize())
-}
-
-fn table(path: &Path) -> Vec<Vec<String>> {
-    let text = std::fs::read_to_string(path).unwrap();
-    text.lines().skip(1).map(|l| l.split('\t').map(str::to_owned).collect()).collect()
 }
 
 fn assert_content(image: &dyn Image, row: &[String], what: &str) {
@@ -97,7 +40,7 @@ fn assert_content(image: &dyn Image, row: &[String], what: &str) {
 
 #[test]
 fn real_images_read_as_their_makers_software_reads_them_and_keep_their_content() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHDX") else { return };
     let mut read = 0;
     for row in table(&corpus.join("manifest.tsv")).iter().filter(|row| row[0].contains(".vhdx.")) {
         let path = &row[0];
@@ -155,7 +98,7 @@ fn owed(name: &str) -> (bool, bool) {
 
 #[test]
 fn hostile_images_are_refused_or_contained() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHDX") else { return };
     let mut seen = 0;
     for row in table(&corpus.join("hostile/cases.tsv")) {
         let name = &row[0];
@@ -202,7 +145,7 @@ fn hostile_images_are_refused_or_contained() {
 
 #[test]
 fn a_replayed_log_adds_its_block_and_extends_the_file() {
-    let Some(corpus) = corpus() else { return };
+    let Some(corpus) = corpus::corpus("VHDX") else { return };
     let sim = unpack(&corpus.join("hostile/l00-good.vhdx.bz2"));
     let len = sim.len().unwrap();
     let image = open(&sim, false).unwrap();
