@@ -23,6 +23,9 @@ use crate::worker::buffer::AlignedBuffer;
 
 /// What a guest's marks wait at most before the machine hears of them.
 const DELIVER_MARKS_EVERY: Duration = Duration::from_millis(20);
+/// Ranges that are read on both sides at a time. Verifying has time, and unlike a copy it only reads: what it queues at the
+/// disk the guest waits for.
+const VERIFIES_IN_FLIGHT_MAX: usize = 1;
 /// Zeroes in multiples of this are not written to the target: 16 KiB. Smaller gaps cost more in requests than in space.
 const ZERO_RUN: usize = 16 << 10;
 
@@ -200,6 +203,7 @@ struct Copier {
     copy_bytes_max: usize,
     buffers: std::cell::RefCell<Vec<AlignedBuffer>>,
     maintaining: Arc<AtomicBool>,
+    verifying: tokio::sync::Semaphore,
 }
 
 /// Carries out copies and verifications until the channel of actions ends; hands everything else to `control`.
@@ -219,6 +223,7 @@ pub(super) fn run(
         copy_bytes_max: config.copy_bytes_max as usize,
         buffers: Default::default(),
         maintaining: Arc::default(),
+        verifying: tokio::sync::Semaphore::new(VERIFIES_IN_FLIGHT_MAX),
         shared,
     });
     let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())?;
@@ -253,8 +258,10 @@ impl Copier {
                     Some(Action::Verify { id, range }) => {
                         let me = self.clone();
                         tokio_uring::spawn(async move {
+                            let turn = me.verifying.acquire().await;
                             let entry = me.shard.enter();
                             let result = me.verify(range).await;
+                            drop(turn);
                             me.shard.leave(entry);
                             me.shared.apply(Event::VerifyEnd { id, result });
                         });
