@@ -5,6 +5,7 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use blockd_api::Receipt;
 use formats::AllocState;
@@ -16,6 +17,11 @@ use super::Move;
 use super::journal_file::{JournalFile, dir_of, sync_dir};
 use crate::daemon::clock;
 use crate::disk::Disk;
+use crate::disk::handle::ImageHandle;
+
+/// Bytes of a deleted source that are freed at once, and the pause after them.
+const FREED_AT_ONCE: u64 = 32 << 20;
+const FREEING_PAUSE: Duration = Duration::from_millis(20);
 
 pub(super) struct Control {
     this: Arc<Move>,
@@ -54,6 +60,26 @@ pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
         Err(e) => return Err(e),
     }
     sync_dir(dir_of(path))
+}
+
+/// Gives the space of a file that has no name any more back, a piece at a time: a file system that frees gigabytes at once
+/// can make everybody else wait for it, the guest of the moved disk first. What is left when the process ends, the kernel
+/// frees.
+fn free_slowly(image: Arc<ImageHandle>) {
+    let thread = std::thread::Builder::new().name("free-source".into()).spawn(move || {
+        let file = &image.image().files()[0];
+        let mut len = file.len().unwrap_or(0);
+        while len > 0 {
+            len = len.saturating_sub(FREED_AT_ONCE);
+            if file.set_len(len).is_err() {
+                return;
+            }
+            std::thread::sleep(FREEING_PAUSE);
+        }
+    });
+    if let Err(e) = thread {
+        tracing::debug!("no thread to free a source slowly: {e}");
+    }
 }
 
 impl Control {
@@ -98,6 +124,9 @@ impl Control {
             Action::DeleteSource => {
                 let done = text(remove_durably(&this.plan.source), || source.path().display().to_string());
                 this.outcome().source_deleted = done.is_ok();
+                if done.is_ok() {
+                    free_slowly(source.clone());
+                }
                 Event::SourceDeleted(done)
             }
             Action::DiscardTarget => {
