@@ -324,3 +324,35 @@ fn sigkill_at_any_moment_of_a_move_leaves_one_whole_disk() {
         "the content has changed on the way"
     );
 }
+
+#[test]
+fn another_name_of_a_deleted_source_keeps_its_content() {
+    let (bench, image, content) = bench(8);
+    std::fs::hard_link(&image, bench.path("backup.img")).expect("link");
+    let daemon = bench.start(&["--disk", &bench.disk("a", &image)]);
+    let request = json!({ "disks": ["a"], "to": bench.text("new/a.img") });
+    let done = reach(&daemon, &start_move(&daemon, request), "done");
+    assert_eq!(done["source_deleted"], json!(true));
+    assert!(!bench.path("a.img").exists());
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    assert!(
+        std::fs::read(bench.path("backup.img")).expect("read") == content,
+        "the other name lost its content"
+    );
+}
+
+#[test]
+fn a_file_that_took_the_sources_name_meanwhile_is_not_deleted() {
+    let (bench, image, content) = bench(8);
+    let daemon = bench.start(&["--disk", &bench.disk("a", &image)]);
+    let request = json!({ "disks": ["a"], "to": bench.text("new/a.img"), "switch": "manual" });
+    let id = start_move(&daemon, request);
+    reach(&daemon, &id, "synced");
+    std::fs::rename(&image, bench.path("elsewhere.img")).expect("rename");
+    std::fs::write(&image, b"somebody else's").expect("write");
+    tell(&daemon, &id, "switch");
+    let done = reach(&daemon, &id, "done");
+    assert_eq!(done["source_deleted"], json!(false));
+    assert_eq!(std::fs::read(&image).expect("read"), b"somebody else's");
+    assert!(std::fs::read(bench.path("elsewhere.img")).expect("read") == content, "the source was cut");
+}

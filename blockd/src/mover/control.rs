@@ -2,6 +2,7 @@
 //! action after the other.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Receiver;
@@ -64,14 +65,16 @@ pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
 
 /// Gives the space of a file that has no name any more back, a piece at a time: a file system that frees gigabytes at once
 /// can make everybody else wait for it, the guest of the moved disk first. What is left when the process ends, the kernel
-/// frees.
+/// frees. A file that still has another name belongs to whoever gave it that: it is left alone.
 fn free_slowly(image: Arc<ImageHandle>) {
     let thread = std::thread::Builder::new().name("free-source".into()).spawn(move || {
-        let file = &image.image().files()[0];
-        let mut len = file.len().unwrap_or(0);
+        let storage = &image.image().files()[0];
+        let Some(file) = storage.file() else { return };
+        let mut len = storage.len().unwrap_or(0);
         while len > 0 {
             len = len.saturating_sub(FREED_AT_ONCE);
-            if file.set_len(len).is_err() {
+            let is_nameless = file.metadata().is_ok_and(|m| m.nlink() == 0);
+            if !is_nameless || storage.set_len(len).is_err() {
                 return;
             }
             std::thread::sleep(FREEING_PAUSE);
@@ -80,6 +83,16 @@ fn free_slowly(image: Arc<ImageHandle>) {
     if let Err(e) = thread {
         tracing::debug!("no thread to free a source slowly: {e}");
     }
+}
+
+/// Deletes the source, durably: what is at `path`, if that is still the file that was moved. Fine if nothing is there.
+fn remove_source(path: &Path, image: &ImageHandle) -> io::Result<()> {
+    if let (Ok(there), Ok(ours)) = (std::fs::metadata(path), image.top().file().metadata())
+        && (there.dev(), there.ino()) != (ours.dev(), ours.ino())
+    {
+        return Err(io::Error::other("another file has this name now, so it was not deleted"));
+    }
+    remove_durably(path)
 }
 
 impl Control {
@@ -122,7 +135,8 @@ impl Control {
             }
             Action::FinishTarget => Event::TargetFinished(self.finish_target()),
             Action::DeleteSource => {
-                let done = text(remove_durably(&this.plan.source), || source.path().display().to_string());
+                let done =
+                    text(remove_source(&this.plan.source, source), || this.plan.source.display().to_string());
                 this.outcome().source_deleted = done.is_ok();
                 if done.is_ok() {
                     free_slowly(source.clone());
