@@ -92,6 +92,7 @@ pub fn read_payload(image: &dyn Image, offset: u64, buf: &mut [u8]) -> Result<()
         let (part, tail) = rest.split_at_mut(piece.len as usize);
         match piece.place {
             Place::Zero => part.fill(0),
+            Place::Parent => return Err(no_parent()),
             Place::File { file, offset } => {
                 image.files()[usize::from(file.0)].read_at(part, offset).map_err(|e| {
                     ImageError::io(format!("reading {} bytes at {offset} of the file", part.len()), e)
@@ -110,7 +111,8 @@ pub fn read_payload(image: &dyn Image, offset: u64, buf: &mut [u8]) -> Result<()
 /// What [`Image::map_write`] and the file say.
 pub fn write_payload(image: &dyn Image, offset: u64, data: &[u8]) -> Result<(), ImageError> {
     let mut pieces = Pieces::new();
-    image.map_write(ByteSpan::new(offset, data.len() as u64), &mut pieces)?;
+    let at = ByteSpan::new(offset, data.len() as u64);
+    image.map_write(at, &mut pieces)?;
     let mut rest = data;
     for piece in pieces.iter() {
         let (part, tail) = rest.split_at(piece.len as usize);
@@ -123,7 +125,11 @@ pub fn write_payload(image: &dyn Image, offset: u64, data: &[u8]) -> Result<(), 
         rest = tail;
     }
     assert!(rest.is_empty(), "a map covers the whole span");
-    Ok(())
+    image.wrote(at)
+}
+
+fn no_parent() -> ImageError {
+    ImageError::new(ErrorKind::Parent, "a differencing image can't be read without its parent")
 }
 
 /// What the reader hands over.
@@ -209,11 +215,11 @@ fn write_all(
 /// filled with what is still to be written.
 fn flush_now_and_then(target: &dyn Image, rounds: &Receiver<()>) -> Result<(), ImageError> {
     for () in rounds {
-        let token = target.sync_begin();
-        for file in target.files() {
-            file.sync().map_err(|e| ImageError::io("cannot sync the target", e))?;
+        let mut token = Some(target.sync_begin());
+        while let Some(begun) = token {
+            target.files()[0].sync().map_err(|e| ImageError::io("cannot sync the target", e))?;
+            token = target.sync_done(begun)?;
         }
-        target.sync_done(token);
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ImageError, Storage};
+use crate::{ImageError, ParentLink, Storage};
 
 /// A range of the virtual disk, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +48,9 @@ pub enum Place {
     },
     /// Nowhere: it reads as zeroes.
     Zero,
+    /// In the parent. Only a single layer answers so (see [`crate::Chain`], which looks there); an image that is used
+    /// as a disk never does.
+    Parent,
 }
 
 /// One mapped range: `len` bytes that lie together.
@@ -61,7 +64,13 @@ pub struct Piece {
 
 /// The pieces of a span in order. Reused from call to call, so that mapping does not allocate.
 #[derive(Debug, Default, Clone)]
-pub struct Pieces(Vec<Piece>);
+pub struct Pieces {
+    list: Vec<Piece>,
+    /// Pieces before this one are another layer's: nothing is joined to them.
+    floor: usize,
+    /// Emptied lists, kept for their memory.
+    spare: Vec<Vec<Piece>>,
+}
 
 impl Pieces {
     /// An empty list.
@@ -71,7 +80,8 @@ impl Pieces {
 
     /// Empties the list, keeping its memory.
     pub fn clear(&mut self) {
-        self.0.clear();
+        self.list.clear();
+        self.floor = 0;
     }
 
     /// Appends a piece, joining it to the last one where they touch. A length of 0 is ignored.
@@ -79,9 +89,9 @@ impl Pieces {
         if piece.len == 0 {
             return;
         }
-        if let Some(last) = self.0.last_mut() {
+        if let Some(last) = self.list[self.floor..].last_mut() {
             let joins = match (last.place, piece.place) {
-                (Place::Zero, Place::Zero) => true,
+                (Place::Zero, Place::Zero) | (Place::Parent, Place::Parent) => true,
                 (Place::File { file: a, offset }, Place::File { file: b, offset: next }) => {
                     a == b && offset + last.len == next
                 }
@@ -92,19 +102,46 @@ impl Pieces {
                 return;
             }
         }
-        self.0.push(piece);
+        self.list.push(piece);
     }
 
     /// The pieces in order.
     pub fn as_slice(&self) -> &[Piece] {
-        &self.0
+        &self.list
+    }
+
+    /// Collects another layer's pieces behind those that there are: whatever `fill` pushes is kept apart from them.
+    /// Returns what was pushed, to be given back with [`Self::put_back`].
+    pub(crate) fn apart<E>(
+        &mut self,
+        fill: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<Vec<Piece>, E> {
+        let (start, floor) = (self.list.len(), self.floor);
+        self.floor = start;
+        let filled = fill(self);
+        self.floor = floor;
+        let mut pieces = self.spare.pop().unwrap_or_default();
+        pieces.extend(self.list.drain(start..));
+        match filled {
+            Ok(()) => Ok(pieces),
+            Err(e) => {
+                self.put_back(pieces);
+                Err(e)
+            }
+        }
+    }
+
+    /// Keeps the memory of a list that [`Self::apart`] gave.
+    pub(crate) fn put_back(&mut self, mut pieces: Vec<Piece>) {
+        pieces.clear();
+        self.spare.push(pieces);
     }
 }
 
 impl std::ops::Deref for Pieces {
     type Target = [Piece];
     fn deref(&self) -> &[Piece] {
-        &self.0
+        &self.list
     }
 }
 
@@ -176,7 +213,7 @@ pub enum AllocState {
     Data,
     /// It has a place or an entry, and is known to read as zeroes.
     Zero,
-    /// The image holds nothing for it; it reads as zeroes (or as the parent has it).
+    /// The image holds nothing for it; it reads as zeroes, or, of a single layer, as the parent has it.
     Absent,
 }
 
@@ -213,8 +250,13 @@ pub struct SyncToken(pub u64);
 /// the death of the process, and a plain sync of the file makes it survive a power cut:
 ///
 /// ```text
-///   token = image.sync_begin();  sync of every file (the caller's own fsync, or Storage::sync);  image.sync_done(token)
+///   token = image.sync_begin()
+///   loop { sync of the image's own file (the caller's own fsync, or Storage::sync)
+///          match image.sync_done(token)? { None => durable, Some(next) => token = next } }
 /// ```
+///
+/// Once more is needed where metadata may only be written after the payload that it exposes is durable: the sectors that a
+/// differencing image has of its own. The second time is the last.
 pub trait Image: Send + Sync + std::fmt::Debug {
     /// Which format.
     fn format(&self) -> Format;
@@ -232,19 +274,25 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError>;
 
     /// Appends to `out` where the bytes of `at` are to be written; every piece is a [`Place::File`] of the image itself.
-    /// Blocks that have no place get one, which reads as zeroes until the caller has written it. Without a lock when
-    /// everything is allocated.
+    /// Blocks that have no place get one, which reads as before (zeroes, or the parent's content) until the caller has
+    /// written it and said so with [`Image::wrote`]. Without a lock when everything is allocated.
     fn map_write(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError>;
 
     /// Makes the bytes of `at` read as zeroes: what metadata alone can say is done, and what is left for the caller
     /// to zero in the file (by punching or writing) is appended to `out`. Space that becomes free is not used again
-    /// before [`Image::maintain`].
+    /// before [`Image::maintain`]. Followed by [`Image::wrote`] when that is done, also where nothing was left to do.
     fn map_zero(&self, at: ByteSpan, mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError>;
 
-    /// To be taken before a sync of the files starts.
+    /// Says that all of `at`, which one call of `map_write` or `map_zero` mapped, is in the file now, before the guest is
+    /// told: from here on it is read from there, also after the death of the process. Not to be called for what failed.
+    /// In memory and without a lock where that was so already; nothing to do but in a differencing image.
+    fn wrote(&self, at: ByteSpan) -> Result<(), ImageError>;
+
+    /// To be taken before a sync of the image's own file starts.
     fn sync_begin(&self) -> SyncToken;
-    /// Says that all files were synced after `token` was taken.
-    fn sync_done(&self, token: SyncToken);
+    /// Says that the image's own file was synced after `token` was taken. `None`: everything that was written before
+    /// `token` is durable. `Some`: it is after one more sync, to be started now, and a call with this token.
+    fn sync_done(&self, token: SyncToken) -> Result<Option<SyncToken>, ImageError>;
 
     /// Whether [`Image::maintain`] would find enough to do (log filling up, space to give back, file to extend).
     fn wants_maintenance(&self) -> bool;
@@ -253,7 +301,7 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     /// using their space again, and must return only when no I/O that was mapped before the call is still in flight.
     fn maintain(&self, quiesce: &dyn Fn()) -> Result<(), ImageError>;
 
-    /// Makes all metadata and payload written so far durable: `sync_begin`, sync, `sync_done`.
+    /// Makes all metadata and payload written so far durable: `sync_begin`, sync, `sync_done`, as often as it takes.
     fn commit(&self) -> Result<(), ImageError>;
     /// Leaves the file as a cleanly closed image. No I/O may be in flight, and no mapping call may follow but after
     /// which the session simply begins anew. An image that is dropped without it is as after a crash: sound.
@@ -262,4 +310,17 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     /// What is known of the bytes from `offset` on: the run of one state that begins there, or `None` at the disk's
     /// end. Looks at the allocation of the image and at holes of the file that holds it.
     fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError>;
+
+    /// The id that a child of this image names as its parent's: the DataWriteGuid of a VHDX (which changes with the
+    /// first change of a session; [`Image::begin_changes`] has it settled), the unique id of a VHD.
+    fn content_id(&self) -> Option<uuid::Uuid>;
+    /// What a differencing image says of its parent.
+    fn parent_link(&self) -> Option<&ParentLink>;
+    /// Does what comes before the first change (a VHDX gets new ids and begins its log), so that
+    /// [`Image::content_id`] stays as it is from here to [`Image::close`]. Nothing where that was done.
+    fn begin_changes(&self) -> Result<(), ImageError>;
+    /// The layers, when the image is a chain of several.
+    fn as_chain(&self) -> Option<&crate::Chain> {
+        None
+    }
 }

@@ -13,6 +13,7 @@
 //! This room must not know guest memory, rings, runtimes or sockets.
 #![forbid(unsafe_code)]
 
+mod chain;
 mod check;
 mod copy;
 mod create;
@@ -21,6 +22,7 @@ mod error;
 mod flat;
 mod image;
 mod info;
+mod link;
 mod lock;
 mod open;
 pub mod raw;
@@ -28,6 +30,7 @@ mod storage;
 pub mod vhd;
 pub mod vhdx;
 
+pub use chain::{CHAIN_MAX, Chain, Layer};
 pub use check::{CheckReport, Finding, Severity, check};
 pub use copy::{
     Comparison, CopyError, CopyOutcome, CopyProgress, compare, copy, read_payload, write_payload,
@@ -39,5 +42,6 @@ pub use image::{
     SyncToken, ZeroMode,
 };
 pub use info::{ImageInfo, ImageState, info};
+pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use storage::{FileStorage, Storage};

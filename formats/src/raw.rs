@@ -124,11 +124,17 @@ impl Image for Raw {
         self.flat.map_write(at, out)
     }
 
+    fn wrote(&self, _at: ByteSpan) -> Result<(), ImageError> {
+        Ok(())
+    }
+
     fn sync_begin(&self) -> SyncToken {
         SyncToken::default()
     }
 
-    fn sync_done(&self, _token: SyncToken) {}
+    fn sync_done(&self, _token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
+        Ok(None)
+    }
 
     fn wants_maintenance(&self) -> bool {
         false
@@ -148,5 +154,17 @@ impl Image for Raw {
 
     fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError> {
         self.flat.next_extent(offset)
+    }
+
+    fn content_id(&self) -> Option<uuid::Uuid> {
+        None
+    }
+
+    fn parent_link(&self) -> Option<&crate::ParentLink> {
+        None
+    }
+
+    fn begin_changes(&self) -> Result<(), ImageError> {
+        Ok(())
     }
 }

@@ -122,6 +122,9 @@ impl ImageHandle {
         match piece.place {
             Place::File { file, offset } => Some((&self.files[usize::from(file.0)], offset)),
             Place::Zero => None,
+            Place::Parent => {
+                unreachable!("what is served has its parents, and their pieces are places in files")
+            }
         }
     }
 

@@ -71,6 +71,9 @@ impl Side {
             let end = at + piece.len as usize;
             match piece.place {
                 Place::Zero => buffer.as_mut_slice()[at..end].fill(0),
+                Place::Parent => {
+                    unreachable!("what is moved has its parents, and their pieces are places in files")
+                }
                 Place::File { file, offset } => {
                     buffer = read_exact(&self.files[usize::from(file.0)], buffer, at, end, offset).await?;
                 }

@@ -103,7 +103,7 @@ impl Worker {
                 Side::Target => &slot.target_error,
             };
             if let (Some(token), Some(image), None) = (token, image, failed) {
-                image.image().sync_done(token);
+                let _ = image.image().sync_done(token);
                 if image.image().wants_maintenance() {
                     self.disk.wake_maintenance();
                 }

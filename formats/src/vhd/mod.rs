@@ -167,6 +167,7 @@ enum Kind {
 pub struct Vhd {
     kind: Kind,
     state: VhdState,
+    unique_id: uuid::Uuid,
 }
 
 impl Vhd {
@@ -181,6 +182,7 @@ impl Vhd {
     pub fn open(storage: Arc<dyn Storage>, read_only: bool, recover: bool) -> Result<Self, ImageError> {
         let (found, virtual_size, body) = layout::read_all(&*storage)?;
         let mut state = state_of(&found);
+        let unique_id = found.footer.unique_id();
         if found.footer.saved_state() && !read_only {
             return Err(ImageError::new(
                 ErrorKind::Unsupported,
@@ -190,7 +192,7 @@ impl Vhd {
         }
         let Some(body) = body else {
             let flat = Flat::new(storage, virtual_size, SECTOR as u32, read_only);
-            return Ok(Self { kind: Kind::Fixed(flat), state });
+            return Ok(Self { kind: Kind::Fixed(flat), state, unique_id });
         };
         if found.disk_type == DiskType::Differencing {
             return Err(layout::refuse_differencing(&body));
@@ -203,7 +205,7 @@ impl Vhd {
             state = if state == VhdState::FooterMissing { VhdState::Clean } else { state };
             Some((growth, used_end))
         };
-        Ok(Self { kind: Kind::Dynamic(Box::new(Dynamic::new(storage, &body, growth))), state })
+        Ok(Self { kind: Kind::Dynamic(Box::new(Dynamic::new(storage, &body, growth))), state, unique_id })
     }
 
     /// The state of the footers when the image was opened, after recovery.
@@ -322,12 +324,18 @@ impl Image for Vhd {
         }
     }
 
+    fn wrote(&self, _at: ByteSpan) -> Result<(), ImageError> {
+        Ok(())
+    }
+
     fn sync_begin(&self) -> SyncToken {
         // Metadata is in the file before a mapping call returns: any sync covers all of it.
         SyncToken::default()
     }
 
-    fn sync_done(&self, _token: SyncToken) {}
+    fn sync_done(&self, _token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
+        Ok(None)
+    }
 
     fn wants_maintenance(&self) -> bool {
         match &self.kind {
@@ -362,5 +370,17 @@ impl Image for Vhd {
             Kind::Fixed(flat) => flat.next_extent(offset),
             Kind::Dynamic(d) => d.next_extent(offset),
         }
+    }
+
+    fn content_id(&self) -> Option<uuid::Uuid> {
+        Some(self.unique_id)
+    }
+
+    fn parent_link(&self) -> Option<&crate::ParentLink> {
+        None
+    }
+
+    fn begin_changes(&self) -> Result<(), ImageError> {
+        Ok(())
     }
 }

@@ -396,12 +396,17 @@ impl Image for Vhdx {
         if whole.is_empty() { Ok(()) } else { self.unmap(&whole) }
     }
 
+    fn wrote(&self, _at: ByteSpan) -> Result<(), ImageError> {
+        Ok(())
+    }
+
     fn sync_begin(&self) -> SyncToken {
         SyncToken(self.events.load(Ordering::Acquire))
     }
 
-    fn sync_done(&self, token: SyncToken) {
+    fn sync_done(&self, token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
         self.note_synced(token);
+        Ok(None)
     }
 
     fn wants_maintenance(&self) -> bool {
@@ -458,5 +463,17 @@ impl Image for Vhdx {
             }));
         }
         Ok(Some(Extent { span: ByteSpan::new(offset, len), state }))
+    }
+
+    fn content_id(&self) -> Option<uuid::Uuid> {
+        Some(uuid::Uuid::from_bytes_le(self.inner().headers.current.data_write.0))
+    }
+
+    fn parent_link(&self) -> Option<&crate::ParentLink> {
+        None
+    }
+
+    fn begin_changes(&self) -> Result<(), ImageError> {
+        self.begin_session()
     }
 }

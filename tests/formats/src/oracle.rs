@@ -91,11 +91,13 @@ impl History {
         Ok(())
     }
 
-    /// A guest's flush: token, one sync of the file, token handed back.
+    /// A guest's flush: token, sync of the file, token handed back, as often as it takes.
     pub fn flush(&mut self, image: &dyn Image, sim: &SimStorage) -> Result<(), ImageError> {
-        let token = image.sync_begin();
-        sim.sync().map_err(|e| ImageError::io("flush", e))?;
-        image.sync_done(token);
+        let mut token = Some(image.sync_begin());
+        while let Some(begun) = token {
+            sim.sync().map_err(|e| ImageError::io("flush", e))?;
+            token = image.sync_done(begun)?;
+        }
         sim.mark(Mark::Flushed(self.next));
         Ok(())
     }

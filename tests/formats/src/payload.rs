@@ -9,6 +9,7 @@ use crate::SECTOR;
 fn storage_of(image: &dyn Image, place: Place) -> Option<(&dyn Storage, u64)> {
     match place {
         Place::Zero => None,
+        Place::Parent => panic!("only chains are read"),
         Place::File { file, offset } => Some((&*image.files()[usize::from(file.0)], offset)),
     }
 }
@@ -29,7 +30,7 @@ pub fn write_payload(image: &dyn Image, offset: u64, data: &[u8]) -> Result<(), 
         rest = tail;
     }
     assert!(rest.is_empty(), "map_write left a gap");
-    Ok(())
+    image.wrote(ByteSpan::new(offset, data.len() as u64))
 }
 
 /// Reads `len` bytes at `offset` of the virtual disk.
@@ -58,7 +59,7 @@ pub fn zero_payload(image: &dyn Image, offset: u64, len: u64, mode: ZeroMode) ->
             storage.punch(at, piece.len).map_err(io)?;
         }
     }
-    Ok(())
+    image.wrote(ByteSpan::new(offset, len))
 }
 
 /// All sectors of the virtual disk that are not zero, by their byte offset. Skips holes of the file.

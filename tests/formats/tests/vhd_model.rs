@@ -81,9 +81,11 @@ fn random_operations_agree_with_a_flat_model() {
                 6 => assert_eq!(read_payload(&image, offset, len).unwrap(), model[range]),
                 7 if image.wants_maintenance() => image.maintain(&|| ()).unwrap(),
                 8 => {
-                    let token = image.sync_begin();
-                    sim.sync().unwrap();
-                    image.sync_done(token);
+                    let mut token = Some(image.sync_begin());
+                    while let Some(begun) = token {
+                        sim.sync().unwrap();
+                        token = image.sync_done(begun).unwrap();
+                    }
                 }
                 _ => {
                     if rng.random_range(0..4) > 0 {

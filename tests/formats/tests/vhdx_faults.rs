@@ -26,9 +26,11 @@ fn open(sim: &Arc<SimStorage>, ro: bool) -> Result<Vhdx, formats::ImageError> {
     Vhdx::open(s, ro)
 }
 fn flush(image: &Vhdx, sim: &SimStorage) {
-    let t = image.sync_begin();
-    sim.sync().unwrap();
-    image.sync_done(t);
+    let mut token = Some(image.sync_begin());
+    while let Some(begun) = token {
+        sim.sync().unwrap();
+        token = image.sync_done(begun).unwrap();
+    }
 }
 
 /// For every n: the n-th change of close() fails once; then a new block is written and flushed; power cut.
