@@ -123,6 +123,30 @@ impl Chain {
         }
     }
 
+    /// What the first `levels` layers have of their own at `offset`, zeroes included: the run of one state that begins
+    /// there, [`AllocState::Absent`] where they leave it to the layers below. `None` at the disk's end.
+    ///
+    /// # Errors
+    /// What the layers say.
+    pub fn next_own_extent(&self, levels: usize, offset: u64) -> Result<Option<Extent>, ImageError> {
+        let size = self.sizes[0];
+        if offset >= size {
+            return Ok(None);
+        }
+        let mut found = Extent { span: ByteSpan::new(offset, size - offset), state: AllocState::Absent };
+        for layer in &self.layers[..levels.min(self.layers.len())] {
+            // What a smaller layer below lacks reads as zeroes, which are its own.
+            let own = layer.next_extent(offset)?;
+            let (len, state) = own.map_or((found.span.len, AllocState::Zero), |e| (e.span.len, e.state));
+            found.span.len = found.span.len.min(len);
+            if state != AllocState::Absent {
+                found.state = state;
+                break;
+            }
+        }
+        Ok(Some(found))
+    }
+
     /// Whether the layers from `level` on read as zeroes in all of `at`, as far as the maps tell.
     fn is_zero(&self, level: usize, at: ByteSpan) -> Result<bool, ImageError> {
         let (mut offset, end) = (at.offset, at.offset + at.len);

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
-use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place};
+use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place, ZeroMode};
 
 /// What is read or compared at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
@@ -132,10 +132,31 @@ fn no_parent() -> ImageError {
     ImageError::new(ErrorKind::Parent, "a differencing image can't be read without its parent")
 }
 
+/// Makes `len` bytes at `offset` of the virtual disk read as zeroes, giving space back where that is possible. Durable
+/// after [`Image::commit`].
+///
+/// # Errors
+/// What [`Image::map_zero`] and the file say.
+pub fn zero_payload(image: &dyn Image, offset: u64, len: u64) -> Result<(), ImageError> {
+    let mut pieces = Pieces::new();
+    let at = ByteSpan::new(offset, len);
+    image.map_zero(at, ZeroMode::Unmap, &mut pieces)?;
+    for piece in pieces.iter() {
+        if let Place::File { file, offset } = piece.place {
+            image.files()[usize::from(file.0)].punch(offset, piece.len).map_err(|e| {
+                ImageError::io(format!("zeroing {} bytes at {offset} of the file", piece.len), e)
+            })?;
+        }
+    }
+    image.wrote(at)
+}
+
 /// What the reader hands over.
 enum Chunk {
     /// Content at this offset.
     Data(u64, Vec<u8>),
+    /// So many bytes at this offset that a layer holds as zeroes, whatever its parent has there.
+    Zero(u64, u64),
     /// So many bytes that need nothing.
     Nothing(u64),
     /// The source failed.
@@ -153,6 +174,44 @@ pub fn copy(
     target: &dyn Image,
     progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
 ) -> Result<CopyOutcome, CopyError> {
+    let grid = common_grid(source, target);
+    copy_chunks(
+        source,
+        target,
+        false,
+        &|at, size, buffers| next_chunk(source, at, size, grid, buffers),
+        progress,
+    )
+}
+
+/// Copies what the layer `source` has of its own, zeroes included, to `target`, and leaves the rest to the parents of both,
+/// which have to have the same content. `target` is a fresh image, on its parents if it has any, and has the same sectors.
+///
+/// # Errors
+/// As [`copy()`].
+pub fn copy_layer(
+    source: &dyn Image,
+    target: &dyn Image,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<CopyOutcome, CopyError> {
+    let sectors = [source, target].map(|image| image.geometry().logical_sector_size);
+    if sectors[0] != sectors[1] {
+        let message = format!("its sectors have {} bytes, and the source's have {}", sectors[1], sectors[0]);
+        return Err(CopyError::Target(ImageError::new(ErrorKind::InvalidParameter, message)));
+    }
+    copy_chunks(source, target, true, &|at, _, buffers| next_own_chunk(source, at, buffers), progress)
+}
+
+/// What comes next at an offset of a disk of this size.
+type NextChunk<'a> = &'a (dyn Fn(u64, u64, &Receiver<Vec<u8>>) -> Result<Chunk, ImageError> + Sync);
+
+fn copy_chunks(
+    source: &dyn Image,
+    target: &dyn Image,
+    keep_zeroes: bool,
+    next: NextChunk<'_>,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<CopyOutcome, CopyError> {
     let size = source.geometry().virtual_size;
     fits(size, target).map_err(CopyError::Target)?;
     let mut now = CopyProgress { bytes_total: size, ..CopyProgress::default() };
@@ -160,10 +219,11 @@ pub fn copy(
         let (full, chunks) = sync_channel(CHUNKS_AHEAD);
         let (spent, buffers) = sync_channel(CHUNKS_AHEAD + 2);
         let (grown, rounds) = sync_channel(1);
-        let grid = common_grid(source, target);
-        scope.spawn(move || read_all(source, size, grid, &full, &buffers));
+        scope.spawn(move || read_all(size, next, &full, &buffers));
         let flusher = scope.spawn(move || flush_now_and_then(target, &rounds));
-        let copied = write_all(target, chunks, &spent, &grown, &mut now, progress);
+        let mut to = Writing { target, keep_zeroes, spent, grown, unflushed: 0 };
+        let copied = to.write_all(chunks, &mut now, progress);
+        let Writing { grown, .. } = to;
         drop(grown);
         let flushed = flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         copied.and(flushed.map_err(CopyError::Target))
@@ -173,42 +233,57 @@ pub fn copy(
     Ok(CopyOutcome { bytes_copied: now.bytes_copied, bytes_zero: now.bytes_zero })
 }
 
-/// Writes what the reader hands over. Returning drops `chunks`, which ends the reader.
-fn write_all(
-    target: &dyn Image,
-    chunks: Receiver<Chunk>,
-    spent: &SyncSender<Vec<u8>>,
-    grown: &SyncSender<()>,
-    now: &mut CopyProgress,
-    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
-) -> Result<(), CopyError> {
-    let mut unflushed = 0;
-    for chunk in chunks {
-        match chunk {
-            Chunk::Nothing(len) => {
-                now.bytes_zero += len;
-                now.bytes_done += len;
+/// The writing side of a copy.
+struct Writing<'a> {
+    target: &'a dyn Image,
+    /// Zeroes are written too: they hide what a parent has.
+    keep_zeroes: bool,
+    spent: SyncSender<Vec<u8>>,
+    grown: SyncSender<()>,
+    unflushed: u64,
+}
+
+impl Writing<'_> {
+    /// Writes what the reader hands over. Returning drops `chunks`, which ends the reader.
+    fn write_all(
+        &mut self,
+        chunks: Receiver<Chunk>,
+        now: &mut CopyProgress,
+        progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+    ) -> Result<(), CopyError> {
+        for chunk in chunks {
+            match chunk {
+                Chunk::Nothing(len) => {
+                    now.bytes_zero += len;
+                    now.bytes_done += len;
+                }
+                Chunk::Zero(offset, len) => {
+                    zero_payload(self.target, offset, len).map_err(CopyError::Target)?;
+                    now.bytes_zero += len;
+                    now.bytes_done += len;
+                }
+                Chunk::Data(offset, data) => {
+                    let written = write_runs(self.target, offset, &data, self.keep_zeroes)
+                        .map_err(CopyError::Target)?;
+                    now.bytes_copied += written;
+                    now.bytes_zero += data.len() as u64 - written;
+                    now.bytes_done += data.len() as u64;
+                    self.unflushed += written;
+                    // The reader has ended when this fails, and needs no buffer.
+                    let _ = self.spent.try_send(data);
+                }
+                Chunk::Failed(e) => return Err(CopyError::Source(e)),
             }
-            Chunk::Data(offset, data) => {
-                let written = write_nonzero(target, offset, &data).map_err(CopyError::Target)?;
-                now.bytes_copied += written;
-                now.bytes_zero += data.len() as u64 - written;
-                now.bytes_done += data.len() as u64;
-                unflushed += written;
-                // The reader has ended when this fails, and needs no buffer.
-                let _ = spent.try_send(data);
+            // A flusher that is busy is asked again with the next chunk.
+            if self.unflushed >= FLUSH_EVERY && self.grown.try_send(()).is_ok() {
+                self.unflushed = 0;
             }
-            Chunk::Failed(e) => return Err(CopyError::Source(e)),
+            if progress(*now).is_break() {
+                return Err(CopyError::Cancelled);
+            }
         }
-        // A flusher that is busy is asked again with the next chunk.
-        if unflushed >= FLUSH_EVERY && grown.try_send(()).is_ok() {
-            unflushed = 0;
-        }
-        if progress(*now).is_break() {
-            return Err(CopyError::Cancelled);
-        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// Syncs the target beside the writing, so that the disk is busy from the start and the memory of the host is not
@@ -237,13 +312,13 @@ fn fits(size: u64, target: &dyn Image) -> Result<(), ImageError> {
 }
 
 /// Reads all that may hold something, in order, until the end or until nobody listens any more.
-fn read_all(source: &dyn Image, size: u64, grid: u64, full: &SyncSender<Chunk>, buffers: &Receiver<Vec<u8>>) {
+fn read_all(size: u64, next: NextChunk<'_>, full: &SyncSender<Chunk>, buffers: &Receiver<Vec<u8>>) {
     let mut offset = 0;
     while offset < size {
-        let chunk = next_chunk(source, offset, size, grid, buffers).unwrap_or_else(Chunk::Failed);
+        let chunk = next(offset, size, buffers).unwrap_or_else(Chunk::Failed);
         offset += match &chunk {
             Chunk::Data(_, data) => data.len() as u64,
-            Chunk::Nothing(len) => *len,
+            Chunk::Nothing(len) | Chunk::Zero(_, len) => *len,
             Chunk::Failed(_) => size,
         };
         if full.send(chunk).is_err() {
@@ -268,6 +343,22 @@ fn next_chunk(
     data.resize(len as usize, 0);
     read_payload(source, offset, &mut data)?;
     Ok(Chunk::Data(offset, data))
+}
+
+/// What a layer has of its own at `offset`.
+fn next_own_chunk(layer: &dyn Image, offset: u64, buffers: &Receiver<Vec<u8>>) -> Result<Chunk, ImageError> {
+    let extent = layer.next_extent(offset)?.expect("the offset lies within the disk");
+    let len = extent.span.len;
+    Ok(match extent.state {
+        AllocState::Absent => Chunk::Nothing(len),
+        AllocState::Zero => Chunk::Zero(offset, len),
+        AllocState::Data => {
+            let mut data = buffers.try_recv().unwrap_or_default();
+            data.resize(len.min(CHUNK) as usize, 0);
+            read_payload(layer, offset, &mut data)?;
+            Chunk::Data(offset, data)
+        }
+    })
 }
 
 /// What both images can address: the larger of their sectors.
@@ -298,13 +389,17 @@ fn data_run_at(image: &dyn Image, offset: u64, end: u64, grid: u64) -> Result<u6
     Ok(run.min(CHUNK).next_multiple_of(grid).min(end - offset))
 }
 
-/// Writes the runs of `data` that are not zero, in granules. Returns how many bytes were written.
-fn write_nonzero(target: &dyn Image, offset: u64, data: &[u8]) -> Result<u64, ImageError> {
+/// Writes the runs of `data` that are not zero, in granules, and with `keep_zeroes` the others as zeroes. Returns how many
+/// bytes were written.
+fn write_runs(target: &dyn Image, offset: u64, data: &[u8], keep_zeroes: bool) -> Result<u64, ImageError> {
     let sector = target.geometry().logical_sector_size as usize;
     let mut written = 0;
     let mut at = 0;
     while at < data.len() {
         let zero = zero_run(&data[at..]);
+        if keep_zeroes && zero > 0 {
+            zero_payload(target, offset + at as u64, zero as u64)?;
+        }
         at += zero;
         let run = data_run(&data[at..]);
         if run == 0 {

@@ -26,6 +26,7 @@ mod link;
 mod lock;
 mod open;
 pub mod raw;
+mod resize;
 mod storage;
 pub mod vhd;
 pub mod vhdx;
@@ -33,7 +34,8 @@ pub mod vhdx;
 pub use chain::{CHAIN_MAX, Chain, Layer};
 pub use check::{CheckReport, Finding, Severity, check};
 pub use copy::{
-    Comparison, CopyError, CopyOutcome, CopyProgress, compare, copy, read_payload, write_payload,
+    Comparison, CopyError, CopyOutcome, CopyProgress, compare, copy, copy_layer, read_payload, write_payload,
+    zero_payload,
 };
 pub use create::{CreateOptions, create};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};
@@ -44,4 +46,5 @@ pub use image::{
 pub use info::{ImageInfo, ImageState, info};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
+pub use resize::CompactOutcome;
 pub use storage::{FileStorage, Storage};
