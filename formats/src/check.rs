@@ -35,6 +35,9 @@ pub struct Finding {
     pub message: String,
     /// Whether `check --repair` can mend it without guessing.
     pub repairable: bool,
+    /// What `check --repair` does about it, such as "rewrites header 2 from header 1"; `None` where it does nothing.
+    #[serde(default)]
+    pub repair: Option<String>,
     /// Whether this run mended it.
     pub repaired: bool,
 }

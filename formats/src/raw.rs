@@ -75,6 +75,7 @@ pub fn check(storage: &dyn Storage) -> Result<CheckReport, ImageError> {
                 len % SECTOR
             ),
             repairable: false,
+            repair: None,
             repaired: false,
         });
     }

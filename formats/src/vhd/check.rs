@@ -58,6 +58,7 @@ fn finding(code: &str, severity: Severity, structure: &str, offset: Option<u64>,
         offset,
         message,
         repairable: false,
+        repair: None,
         repaired: false,
     }
 }

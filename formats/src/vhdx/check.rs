@@ -19,6 +19,7 @@ fn finding(corruption: &Corruption, severity: Severity, repairable: bool) -> Fin
         offset: corruption.offset(),
         message: corruption.to_string(),
         repairable,
+        repair: None,
         repaired: false,
     }
 }
@@ -31,6 +32,7 @@ fn note(code: &str, structure: &str, severity: Severity, message: String, repair
         offset: None,
         message,
         repairable,
+        repair: None,
         repaired: false,
     }
 }
