@@ -25,6 +25,7 @@ mod info;
 mod link;
 mod lock;
 mod open;
+mod own;
 pub mod raw;
 mod resize;
 mod storage;
