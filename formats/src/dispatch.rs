@@ -40,6 +40,7 @@ pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(
                 image_type: options.image_type,
                 virtual_size: options.virtual_size,
                 block_size: options.block_size,
+                parent: None,
             },
         ),
         Format::Vhdx => vhdx::create(

@@ -1,11 +1,12 @@
 //! Reading and validating everything that a VHD says of itself, before anything of it is believed.
 
-use crate::{ErrorKind, ImageError, Storage};
+use crate::{ErrorKind, ImageError, ParentPath, Storage};
 
 use super::corruption::Fault;
 use super::footer::{DiskType, FOOTER_LEN, Footer};
 use super::grow::PAGE;
-use super::header::{HEADER_LEN, Header, Locator, MAX_LOCATOR_LEN};
+use super::header::{HEADER_LEN, Header};
+use super::locator::{Locator, MAX_LOCATOR_LEN};
 use super::{Corruption, MAX_VIRTUAL_SIZE, SECTOR};
 
 /// The table entry of a block that has no place.
@@ -189,8 +190,8 @@ pub(super) struct Body {
     pub(super) blocks_end: u64,
     /// Entries beyond the disk's last block that are in use.
     pub(super) surplus: u64,
-    /// The parent's paths as text.
-    pub(super) parent_paths: Vec<String>,
+    /// The parent's paths that the locators of a differencing disk point to, in their order.
+    pub(super) parent_paths: Vec<ParentPath>,
 }
 
 impl Body {
@@ -253,7 +254,7 @@ pub(super) fn read_body(
         }
     }
 
-    let paths = locators.iter().filter(|l| l.is_utf16()).map(|l| locator_path(storage, l));
+    let paths = locators.iter().filter_map(|l| l.path(storage).transpose());
     let parent_paths = paths.collect::<Result<Vec<_>, _>>()?;
     let mut table = read_table(storage, &header)?;
     let blocks_end = validate_blocks(&table, &shape, &structures, limit, faults);
@@ -288,22 +289,6 @@ fn locator_range(locator: &Locator, limit: u64) -> Result<Structure, Corruption>
     match offset.checked_add(u64::from(len)) {
         Some(end) if end <= limit => Ok(Structure { name: "parent locator", offset, end }),
         _ => Err(Corruption::LocatorOutside { index, offset, len, limit }),
-    }
-}
-
-fn locator_path(storage: &dyn Storage, locator: &Locator) -> Result<String, Fault> {
-    let mut raw = vec![0; locator.len as usize];
-    storage
-        .read_at(&mut raw, locator.offset)
-        .map_err(|e| ImageError::io(format!("reading parent locator {}", locator.index), e))?;
-    let mut units: Vec<u16> = raw.chunks_exact(2).map(|p| u16::from_le_bytes([p[0], p[1]])).collect();
-    // A terminating NUL is not asked for, but some writers count it.
-    while units.last() == Some(&0) {
-        units.pop();
-    }
-    match String::from_utf16(&units) {
-        Ok(path) if !path.contains('\0') => Ok(path),
-        _ => Err(Corruption::LocatorText { index: locator.index }.into()),
     }
 }
 
@@ -423,12 +408,12 @@ pub(super) fn read_all(storage: &dyn Storage) -> Result<(Found, u64, Option<Body
 
 /// The refusal of a disk whose content is partly in a parent.
 pub(super) fn refuse_differencing(body: &Body) -> ImageError {
-    let name = body.parent_paths.first().unwrap_or(&body.header.parent_name);
+    let name = body.parent_paths.first().map_or(&body.header.parent_name, |path| &path.text);
     ImageError::new(
         ErrorKind::Parent,
         format!(
-            "differencing VHD with the parent {name:?} (id {}): opening VHD chains is not supported, and a parent is \
-             never opened by the path that the image names; merge the chain with the software that made it",
+            "differencing VHD with the parent {name:?} (id {}), which has to be opened with it: a parent is never opened \
+             by the path that the image names alone",
             body.header.parent_id
         ),
     )

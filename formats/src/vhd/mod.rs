@@ -28,6 +28,7 @@ mod footer;
 mod grow;
 mod header;
 mod layout;
+mod locator;
 mod table;
 
 use std::sync::Arc;
@@ -135,7 +136,7 @@ pub fn inspect(storage: &dyn Storage) -> Result<VhdInfo, ImageError> {
         info.allocated_bytes = present * body.shape.block_size;
         if found.disk_type == DiskType::Differencing {
             info.parent_id = Some(body.header.parent_id);
-            info.parent_paths = body.parent_paths;
+            info.parent_paths = body.parent_paths.into_iter().map(|path| path.text).collect();
             info.parent_paths.insert(0, body.header.parent_name);
             info.parent_paths.retain(|p| !p.is_empty());
         }

@@ -14,7 +14,12 @@ const DISK: u64 = 64 * BLOCK;
 
 fn create(block_size: u32, virtual_size: u64) -> Arc<SimStorage> {
     let sim = SimStorage::new();
-    let params = CreateParams { image_type: ImageType::Dynamic, virtual_size, block_size: Some(block_size) };
+    let params = CreateParams {
+        image_type: ImageType::Dynamic,
+        virtual_size,
+        block_size: Some(block_size),
+        parent: None,
+    };
     vhd::create(&*sim, &params).unwrap();
     sim.forget_trace();
     sim

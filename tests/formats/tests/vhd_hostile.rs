@@ -21,6 +21,7 @@ fn dynamic() -> SimDisk {
         image_type: ImageType::Dynamic,
         virtual_size: BLOCKS * BLOCK,
         block_size: Some(BLOCK as u32),
+        parent: None,
     };
     vhd::create(&*sim, &params).unwrap();
     let image = open(&sim, false).unwrap();
@@ -32,7 +33,8 @@ fn dynamic() -> SimDisk {
 
 fn fixed(size: u64) -> SimDisk {
     let sim = SimStorage::new();
-    let params = CreateParams { image_type: ImageType::Fixed, virtual_size: size, block_size: None };
+    let params =
+        CreateParams { image_type: ImageType::Fixed, virtual_size: size, block_size: None, parent: None };
     vhd::create(&*sim, &params).unwrap();
     sim.contents()
 }
@@ -249,6 +251,7 @@ fn data_of_other_writers_behind_the_table_is_kept() {
         image_type: ImageType::Dynamic,
         virtual_size: BLOCKS * BLOCK,
         block_size: Some(BLOCK as u32),
+        parent: None,
     };
     vhd::create(&*sim, &params).unwrap();
     let mut disk = sim.contents();
