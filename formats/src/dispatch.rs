@@ -52,6 +52,7 @@ pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(
                 logical_sector_size: options.logical_sector_size,
                 physical_sector_size: 4096,
                 log_size: None,
+                parent: None,
             },
         ),
     }

@@ -5,8 +5,8 @@ use super::guid::Guid;
 use super::header::{FILE_SIGNATURE, HEADER_OFFSETS, Header};
 use super::metadata::{BlockLayout, Metadata, encode_region};
 use super::region::{TABLE_OFFSETS, encode_table};
-use super::{MAX_VIRTUAL_SIZE, MIB};
-use crate::{ErrorKind, ImageError, ImageType, Storage};
+use super::{MAX_VIRTUAL_SIZE, MIB, locator};
+use crate::{ErrorKind, ImageError, ImageType, NewParentLink, Storage};
 
 /// The block size unless another is asked for: 2 MiB. Windows takes 32 MiB for dynamic images, which is kinder to its BAT;
 /// small blocks keep an image thin, and its BAT of 8 bytes for each 2 MiB is nothing.
@@ -17,9 +17,9 @@ const LOG_BYTES: u32 = 4 << 20;
 const CREATOR: &str = concat!("blockd ", env!("CARGO_PKG_VERSION"));
 
 /// What a new VHDX shall be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CreateParams {
-    /// Fixed or dynamic.
+    /// Fixed, dynamic or differencing.
     pub image_type: ImageType,
     /// Bytes of the disk: a multiple of the logical sector size, up to 64 TiB.
     pub virtual_size: u64,
@@ -31,6 +31,8 @@ pub struct CreateParams {
     pub physical_sector_size: u32,
     /// Bytes of the log: a multiple of 1 MiB up to 1 GiB; 4 MiB unless given.
     pub log_size: Option<u32>,
+    /// What a differencing image says of its parent; no other has one.
+    pub parent: Option<NewParentLink>,
 }
 
 fn invalid(message: String) -> ImageError {
@@ -41,8 +43,13 @@ impl CreateParams {
     fn metadata(&self) -> Result<Metadata, ImageError> {
         let Self { virtual_size, logical_sector_size: logical, physical_sector_size: physical, .. } = *self;
         let block_size = self.block_size.unwrap_or(BLOCK_SIZE);
-        if self.image_type == ImageType::Differencing {
-            return Err(ImageError::new(ErrorKind::Unsupported, "differencing images can't be made yet"));
+        let differencing = self.image_type == ImageType::Differencing;
+        if differencing != self.parent.is_some() {
+            return Err(invalid(format!(
+                "a {} image {} a parent: only a differencing one has one, and needs it",
+                self.image_type,
+                if differencing { "without" } else { "with" }
+            )));
         }
         if ![512, 4096].contains(&logical) || ![512, 4096].contains(&physical) {
             return Err(invalid(format!(
@@ -65,12 +72,12 @@ impl CreateParams {
         Ok(Metadata {
             block_size,
             leave_allocated: self.image_type == ImageType::Fixed,
-            has_parent: false,
+            has_parent: differencing,
             virtual_size,
             disk_id: Guid::random(),
             logical_sector: logical,
             physical_sector: physical,
-            locator: None,
+            locator: self.parent.as_ref().map(locator::encode).transpose()?,
         })
     }
 }

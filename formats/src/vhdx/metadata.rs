@@ -213,19 +213,23 @@ impl Reader<'_> {
     }
 }
 
-/// The first 128 KiB of a new metadata region: the table and the items.
+/// The first 128 KiB of a new metadata region: the table and the items. A parent locator comes last, so that it can be
+/// replaced by a longer one.
 pub(super) fn encode_region(metadata: &Metadata) -> Vec<u8> {
     let mut region = vec![0; 2 * TABLE_SIZE];
     let flags = u32::from(metadata.leave_allocated) | u32::from(metadata.has_parent) << 1;
     let parameters = [metadata.block_size.to_le_bytes(), flags.to_le_bytes()].concat();
+    let sizes = [metadata.logical_sector.to_le_bytes(), metadata.physical_sector.to_le_bytes()];
+    let virtual_size = metadata.virtual_size.to_le_bytes();
     let disk = FLAG_VIRTUAL_DISK | FLAG_REQUIRED;
-    let items: [(Guid, u32, &[u8]); 5] = [
+    let mut items: Vec<(Guid, u32, &[u8])> = vec![
         (FILE_PARAMETERS, FLAG_REQUIRED, &parameters),
-        (VIRTUAL_SIZE, disk, &metadata.virtual_size.to_le_bytes()),
+        (VIRTUAL_SIZE, disk, &virtual_size),
         (DISK_ID, disk, &metadata.disk_id.0),
-        (LOGICAL_SECTOR, disk, &metadata.logical_sector.to_le_bytes()),
-        (PHYSICAL_SECTOR, disk, &metadata.physical_sector.to_le_bytes()),
+        (LOGICAL_SECTOR, disk, &sizes[0]),
+        (PHYSICAL_SECTOR, disk, &sizes[1]),
     ];
+    items.extend(metadata.locator.as_ref().map(|locator| (PARENT_LOCATOR, FLAG_REQUIRED, &locator[..])));
     put(&mut region, 0, SIGNATURE);
     put(&mut region, 10, &(items.len() as u16).to_le_bytes());
     let mut offset = TABLE_SIZE;

@@ -19,6 +19,7 @@ fn create(sector: u32) -> Arc<SimStorage> {
         logical_sector_size: sector,
         physical_sector_size: 4096,
         log_size: Some(1 << 20),
+        parent: None,
     };
     vhdx::create(&*sim, &params).unwrap();
     sim.forget_trace();

@@ -16,6 +16,7 @@ fn create(size: u64) -> Arc<SimStorage> {
         logical_sector_size: 512,
         physical_sector_size: 4096,
         log_size: Some(1 << 20),
+        parent: None,
     };
     vhdx::create(&*sim, &p).unwrap();
     sim.forget_trace();

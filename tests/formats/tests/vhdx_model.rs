@@ -20,6 +20,7 @@ fn create(image_type: ImageType, sector: u32, size: u64) -> Arc<SimStorage> {
         logical_sector_size: sector,
         physical_sector_size: 4096,
         log_size: Some(1 << 20),
+        parent: None,
     };
     vhdx::create(&*sim, &params).unwrap();
     sim
