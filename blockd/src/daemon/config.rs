@@ -42,8 +42,9 @@ pub struct Args {
     /// TOML file with the same names as these options, disks as [[disk]] tables
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// A disk to serve, repeatable: ID,image=PATH,socket=PATH[,queues=N][,format=raw|vhd|vhdx][,io-threads=N][,read-only];
-    /// a comma in a path is written twice
+    /// A disk to serve, repeatable: ID,image=PATH,socket=PATH[,queues=N][,format=raw|vhd|vhdx][,io-threads=N][,read-only]
+    /// [,parents=PATH]...; parents is a file that may be the image's parent, or a folder in which it may be; a comma in a path
+    /// is written twice
     #[arg(long, value_name = "DISK", value_parser = parse_disk)]
     pub disk: Vec<DiskSpec>,
     /// How to write the log to standard error; RUST_LOG says what is written (info unless set) [default: text]
@@ -63,7 +64,7 @@ Example:
 Exit status: 0 ended when told to, 1 failed, 2 wrong usage.";
 
 /// What may follow the identifier in `--disk`.
-const DISK_OPTIONS: [&str; 6] = ["image", "socket", "queues", "format", "io-threads", "read-only"];
+const DISK_OPTIONS: [&str; 7] = ["image", "socket", "queues", "format", "io-threads", "read-only", "parents"];
 
 /// How the log is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Deserialize)]
@@ -120,6 +121,8 @@ struct DiskTable {
     io_threads: u16,
     #[serde(default)]
     read_only: bool,
+    #[serde(default)]
+    parents: Vec<PathBuf>,
 }
 
 const fn one() -> u16 {
@@ -186,8 +189,8 @@ impl ConfigFile {
 
 impl DiskTable {
     fn into_spec(self) -> DiskSpec {
-        let Self { id, image, socket, format, queues, io_threads, read_only } = self;
-        DiskSpec { id, image, socket, format, queues, io_threads, read_only }
+        let Self { id, image, socket, format, queues, io_threads, read_only, parents } = self;
+        DiskSpec { id, image, socket, format, queues, io_threads, read_only, parents }
     }
 }
 
@@ -261,13 +264,20 @@ fn parse_disk(text: &str) -> Result<DiskSpec, DaemonError> {
     let mut parts = split_at_commas(text).into_iter();
     let id = parts.next().unwrap_or_default();
     names::check_disk_id(&id)?;
-    let mut options = BTreeMap::new();
+    let (mut options, mut parents) = (BTreeMap::new(), Vec::new());
     for part in parts {
         let (name, value) = match part.split_once('=') {
             Some((name, value)) => (name.to_owned(), Some(value.to_owned())),
             None => (part, None),
         };
-        if options.insert(name.clone(), value).is_some() {
+        if name == "parents" {
+            let folder = value.ok_or_else(|| {
+                DaemonError::invalid(format!(
+                    "disk {id}: parents takes a folder or a file, as in parents=..."
+                ))
+            })?;
+            parents.push(absolute(Path::new(&folder))?);
+        } else if options.insert(name.clone(), value).is_some() {
             return Err(DaemonError::invalid(format!("disk {id}: {name} is given twice")));
         }
     }
@@ -294,7 +304,7 @@ fn parse_disk(text: &str) -> Result<DiskSpec, DaemonError> {
             return Err(DaemonError::invalid(message));
         }
     };
-    let spec = DiskSpec { id, image, socket, format, queues, io_threads, read_only };
+    let spec = DiskSpec { id, image, socket, format, queues, io_threads, read_only, parents };
     names::check_spec(&spec)?;
     Ok(spec)
 }

@@ -327,7 +327,7 @@ impl Daemon {
     fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
         let id = &record.spec.id;
         let cache_on = !self.state.is_write_through(id);
-        let disk = Disk::start(record.serve(), recover, cache_on, self.disk_events(id))?;
+        let disk = Disk::start(record.serve(), recover, cache_on, None, self.disk_events(id))?;
         let format = disk.format();
         let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), job: Mutex::default() });
         if record.format != Some(format) {
@@ -488,6 +488,7 @@ fn placeholder(id: &str) -> DiskSpec {
         queues: 0,
         io_threads: 0,
         read_only: false,
+        parents: Vec::new(),
     }
 }
 
@@ -500,6 +501,7 @@ fn requested(request: &AttachRequest) -> Result<DiskSpec, DaemonError> {
         queues: request.queues,
         io_threads: request.io_threads,
         read_only: request.read_only,
+        parents: request.parents.iter().map(PathBuf::from).collect(),
     };
     names::check_spec(&spec)?;
     if !request.parents.is_empty() {

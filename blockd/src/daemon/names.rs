@@ -155,6 +155,7 @@ mod tests {
             queues: 64,
             io_threads: 64,
             read_only: true,
+            parents: Vec::new(),
         };
         assert_eq!(check_spec(&good), Ok(()));
         let message = |change: &dyn Fn(&mut DiskSpec)| {

@@ -149,6 +149,7 @@ mod tests {
             queues: 1,
             io_threads: 1,
             read_only: false,
+            parents: Vec::new(),
         }
     }
 

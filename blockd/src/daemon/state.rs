@@ -381,6 +381,7 @@ mod tests {
             queues: 2,
             io_threads: 1,
             read_only: false,
+            parents: Vec::new(),
         }
     }
 

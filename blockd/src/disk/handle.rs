@@ -4,9 +4,9 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use formats::{ErrorKind, Format, Image, OpenOptions, Piece, Place};
+use formats::{ErrorKind, Format, Image, ImageError, OpenOptions, Piece, Place, Storage};
 
 use super::DiskError;
 
@@ -69,47 +69,122 @@ fn direct_io_align(file: &File) -> Option<(usize, u64)> {
     (told && memory.is_power_of_two() && offset.is_power_of_two()).then_some((memory, offset))
 }
 
-/// An open image: the map, and the files to do I/O on.
+/// A layer whose payload is not all in its file.
+fn no_file(path: &Path, layer: usize) -> DiskError {
+    let which = if layer == 0 { "it".to_owned() } else { format!("parent {layer} of it") };
+    DiskError::new(
+        ErrorKind::NeedsRepair,
+        format!(
+            "{}: {which} was not closed cleanly, and its log holds payload that is not in its place yet;              run `blockctl image check --repair` on that image first",
+            path.display()
+        ),
+    )
+}
+
+/// How an image is opened for serving.
+#[derive(Debug, Clone, Default)]
+pub struct OpenImage {
+    /// Its format; from its name when absent.
+    pub format: Option<Format>,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// Mend what a crash of ours can leave behind.
+    pub recover: bool,
+    /// Files that may be its parents, and folders in which they may be.
+    pub parents: Vec<PathBuf>,
+    /// Where a differencing image notes what a crash must not lose.
+    pub notes_dir: Option<PathBuf>,
+}
+
+/// An open image with its parents: the map, and the files to do I/O on.
 #[derive(Debug)]
 pub struct ImageHandle {
     image: Arc<dyn Image>,
-    files: Vec<PayloadFile>,
+    files: Vec<Arc<PayloadFile>>,
+    memory_align: usize,
+    offset_align: usize,
     path: Mutex<PathBuf>,
+    /// Paths of the parents when they were opened, the nearest first.
+    parents: Vec<PathBuf>,
     sync_failed: OnceLock<String>,
+    /// Held while the image is maintained; whether it was given up for another view of the same file.
+    upkeep: Mutex<bool>,
 }
 
 impl ImageHandle {
-    /// Opens an image for serving. `recover` mends what a crash of ours can leave behind.
+    /// Opens an image for serving, together with its parents.
     ///
     /// # Errors
-    /// What `formats::open` says; what the system says when a file cannot be opened a second time.
-    pub fn open(
-        path: &Path,
-        format: Option<Format>,
-        read_only: bool,
-        recover: bool,
-    ) -> Result<Arc<Self>, DiskError> {
-        let options = OpenOptions { format, read_only, recover, ..OpenOptions::default() };
+    /// What `formats::open` says; what the system says when a file cannot be opened a second time; a parent whose log
+    /// holds what is not in its file.
+    pub fn open(path: &Path, how: &OpenImage) -> Result<Arc<Self>, DiskError> {
+        let options = OpenOptions {
+            format: how.format,
+            read_only: how.read_only,
+            recover: how.recover,
+            ..OpenOptions::default()
+        };
         let image = formats::open(path, &options).map_err(|e| DiskError::new(e.kind, e.to_string()))?;
-        let geometry = image.geometry();
-        let mut files = Vec::new();
-        for (i, storage) in image.files().iter().enumerate() {
-            let base =
-                storage.file().ok_or_else(|| DiskError::new(ErrorKind::Io, "the image has no file"))?;
-            let writable = i == 0 && !image.is_read_only();
-            files.push(
-                PayloadFile::open(base, writable, geometry.payload_align, geometry.logical_sector_size)
-                    .map_err(|e| {
-                        DiskError::new(ErrorKind::Io, format!("{}: cannot open for I/O: {e}", path.display()))
-                    })?,
-            );
+        Self::new(image, path, &[]).map(Arc::new)
+    }
+
+    /// Serves `image`, which is at `path`. Files that `known` handles have open already are shared with them.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn new(image: Arc<dyn Image>, path: &Path, known: &[&Self]) -> Result<Self, DiskError> {
+        let layers: Vec<&dyn Image> = match image.as_chain() {
+            Some(chain) => chain.layers().iter().map(|layer| &**layer).collect(),
+            None => vec![&*image],
+        };
+        let (mut files, mut paths) = (Vec::new(), Vec::new());
+        for (layer, storage) in layers.iter().zip(image.files()) {
+            let base = storage.file().ok_or_else(|| no_file(path, paths.len()))?;
+            let shared = known.iter().find_map(|handle| handle.file_behind(storage));
+            let (geometry, writable) = (layer.geometry(), !layer.is_read_only());
+            let file = match shared {
+                Some(file) => file,
+                None => {
+                    PayloadFile::open(base, writable, geometry.payload_align, geometry.logical_sector_size)
+                        .map(Arc::new)
+                        .map_err(|e| {
+                            let message = format!("{}: cannot open for I/O: {e}", path.display());
+                            DiskError::new(ErrorKind::Io, message)
+                        })?
+                }
+            };
+            paths.push(std::fs::read_link(format!("/proc/self/fd/{}", base.as_raw_fd())).unwrap_or_default());
+            files.push(file);
         }
-        Ok(Arc::new(Self {
+        Ok(Self {
+            memory_align: files.iter().map(|f| f.memory_align).max().unwrap_or(1),
+            offset_align: files.iter().map(|f| f.offset_align as usize).max().unwrap_or(1),
             image,
             files,
             path: Mutex::new(path.to_path_buf()),
+            parents: paths.split_off(1),
             sync_failed: OnceLock::new(),
-        }))
+            upkeep: Mutex::new(false),
+        })
+    }
+
+    /// Another view of the image's own file that follows this one: it has the same name, and what a sync of the file has
+    /// lost stays lost.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn succeeded_by(&self, image: Arc<dyn Image>) -> Result<Arc<Self>, DiskError> {
+        let next = Self::new(image, &self.path(), &[self])?;
+        if let Some(e) = self.sync_failed.get() {
+            let _ = next.sync_failed.set(e.clone());
+        }
+        Ok(Arc::new(next))
+    }
+
+    /// The file that payload of `storage` is in, if it is one of this image's.
+    fn file_behind(&self, storage: &Arc<dyn Storage>) -> Option<Arc<PayloadFile>> {
+        let at = self.image.files().iter().position(|own| Arc::ptr_eq(own, storage))?;
+        Some(self.files[at].clone())
     }
 
     /// The map.
@@ -128,8 +203,13 @@ impl ImageHandle {
         }
     }
 
+    /// The map, to be shared.
+    pub fn shared_image(&self) -> &Arc<dyn Image> {
+        &self.image
+    }
+
     /// All files of the chain, the image's own first.
-    pub fn files(&self) -> &[PayloadFile] {
+    pub fn files(&self) -> &[Arc<PayloadFile>] {
         &self.files
     }
 
@@ -140,12 +220,12 @@ impl ImageHandle {
 
     /// The strictest alignment of memory that its files ask for.
     pub fn memory_align(&self) -> usize {
-        self.files.iter().map(|f| f.memory_align).max().unwrap_or(1)
+        self.memory_align
     }
 
     /// The strictest alignment of lengths that its files ask for.
     pub fn offset_align(&self) -> usize {
-        self.files.iter().map(|f| f.offset_align as usize).max().unwrap_or(1)
+        self.offset_align
     }
 
     /// Remembers how a sync of the image's file ended, and says what it counts as: what a failed sync has lost, no later
@@ -158,6 +238,25 @@ impl ImageHandle {
             let _ = self.sync_failed.set(e);
         }
         self.sync_failed.get().map_or(Ok(()), |e| Err(e.clone()))
+    }
+
+    /// [`Image::maintain`], once at a time, and not for an image that was given up.
+    ///
+    /// # Errors
+    /// What the image says.
+    pub fn maintain(&self, quiesce: &dyn Fn()) -> Result<(), ImageError> {
+        let given_up = self.upkeep.lock().unwrap_or_else(PoisonError::into_inner);
+        if *given_up { Ok(()) } else { self.image.maintain(quiesce) }
+    }
+
+    /// Keeps maintenance away. What the guard holds says whether the image is given up for good.
+    pub fn without_upkeep(&self) -> MutexGuard<'_, bool> {
+        self.upkeep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the image and its parents are, the image first.
+    pub fn paths(&self) -> Vec<PathBuf> {
+        std::iter::once(self.path()).chain(self.parents.iter().cloned()).collect()
     }
 
     /// Where the image is now.

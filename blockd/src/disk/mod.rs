@@ -1,18 +1,21 @@
 //! A disk: an image (two while it is moved), the workers that serve it, the socket that front ends connect to.
 
 pub mod counters;
+pub mod exchange;
 pub mod handle;
 pub mod route;
 pub mod shared;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use formats::{ErrorKind, Format, Geometry, ImageType};
 use serde::{Deserialize, Serialize};
 
 pub use counters::DiskStats;
-use handle::ImageHandle;
+use handle::{ImageHandle, OpenImage};
+use route::Route;
 use shared::DiskShared;
 
 use crate::vhost::listener::Listener;
@@ -23,6 +26,8 @@ use crate::worker::{Limits, WorkerHandle};
 pub const QUEUES_MAX: u16 = 64;
 /// Most bytes of one discard or write zeroes: 2 GiB.
 const ZERO_BYTES_MAX: u64 = 2 << 30;
+/// How long a flush waits before it looks again whether requests are still held up.
+const HELD_PAUSE: Duration = Duration::from_millis(1);
 
 /// What a disk is to be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +46,9 @@ pub struct DiskSpec {
     pub io_threads: u16,
     /// Writes are refused.
     pub read_only: bool,
+    /// Files that may be parents of the image, and folders in which they may be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<PathBuf>,
 }
 
 /// What happens to a disk.
@@ -81,6 +89,8 @@ pub struct Disk {
     spec: DiskSpec,
     shared: Arc<DiskShared>,
     running: Mutex<Option<Running>>,
+    /// Held while the image is exchanged, or the disk stopped.
+    exchanging: Mutex<()>,
     mailboxes: Vec<Arc<Mailbox>>,
 }
 
@@ -99,7 +109,8 @@ impl std::fmt::Debug for Disk {
 
 impl Disk {
     /// Opens the image, binds the socket and starts to serve. `recover` mends what a crash of ours can leave behind.
-    /// `cache_on` is the write cache as the guest left it: on, unless it was remembered otherwise.
+    /// `cache_on` is the write cache as the guest left it: on, unless it was remembered otherwise. `notes_dir` is the folder
+    /// in which differencing images note what a crash must not lose.
     ///
     /// # Errors
     /// What opening the image says; a socket that is in use or cannot be bound; no ring or thread to be had.
@@ -107,6 +118,7 @@ impl Disk {
         spec: DiskSpec,
         recover: bool,
         cache_on: bool,
+        notes_dir: Option<&Path>,
         events: DiskEvents,
     ) -> Result<Arc<Self>, DiskError> {
         if !(1..=QUEUES_MAX).contains(&spec.queues) || !(1..=spec.queues).contains(&spec.io_threads) {
@@ -118,7 +130,14 @@ impl Disk {
                 ),
             ));
         }
-        let image = ImageHandle::open(&spec.image, spec.format, spec.read_only, recover)?;
+        let how = OpenImage {
+            format: spec.format,
+            read_only: spec.read_only,
+            recover,
+            parents: spec.parents.clone(),
+            notes_dir: notes_dir.map(Path::to_path_buf),
+        };
+        let image = ImageHandle::open(&spec.image, &how)?;
         let geometry = image.image().geometry();
         let limits = Limits {
             size: geometry.virtual_size,
@@ -147,7 +166,7 @@ impl Disk {
             DiskError::new(ErrorKind::Io, format!("{}: {e}", spec.socket.display()))
         })?;
         let running = Mutex::new(Some(Running { listener, workers, maintenance }));
-        Ok(Arc::new(Self { spec, shared, running, mailboxes }))
+        Ok(Arc::new(Self { spec, shared, running, exchanging: Mutex::default(), mailboxes }))
     }
 
     /// What it was started as.
@@ -165,7 +184,8 @@ impl Disk {
         &self.mailboxes
     }
 
-    fn image(&self) -> Arc<ImageHandle> {
+    /// The image that is the disk now.
+    pub fn image(&self) -> Arc<ImageHandle> {
         self.shared.route.load().source().clone()
     }
 
@@ -210,13 +230,28 @@ impl Disk {
     /// What the file says.
     pub fn flush(&self) -> Result<(), DiskError> {
         let shard = self.shared.gate.shard();
-        let entry = shard.enter();
-        let route = self.shared.route.load_full();
-        let done = std::iter::once(route.source())
-            .chain(route.target())
-            .try_for_each(|image| image.image().commit());
-        shard.leave(entry);
-        done.map_err(|e| DiskError::new(e.kind, e.to_string()))
+        loop {
+            let entry = shard.enter();
+            let route = self.shared.route.load_full();
+            if matches!(*route, Route::Held(_)) {
+                // The image is not to be touched now; whoever exchanges it waits for nobody outside of the gate.
+                shard.leave(entry);
+                std::thread::sleep(HELD_PAUSE);
+                continue;
+            }
+            let done = match (&*route, self.failed()) {
+                (Route::Failed(_), why) => Err(DiskError::new(
+                    ErrorKind::Poisoned,
+                    why.unwrap_or_else(|| "the image was lost".into()),
+                )),
+                _ => std::iter::once(route.source())
+                    .chain(route.flushed_too())
+                    .try_for_each(|image| image.image().commit())
+                    .map_err(|e| DiskError::new(e.kind, e.to_string())),
+            };
+            shard.leave(entry);
+            return done;
+        }
     }
 
     /// Stops serving: front ends are disconnected, what is in flight ends, the image is closed cleanly. Blocks.
@@ -224,14 +259,17 @@ impl Disk {
     /// # Errors
     /// When the image could not be closed; it is then as after a crash, which the next open mends.
     pub fn stop(&self) -> Result<(), DiskError> {
+        let _one = self.exchanging.lock().unwrap_or_else(PoisonError::into_inner);
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(Running { mut listener, mut workers, maintenance }) = running else { return Ok(()) };
         listener.stop();
         workers.iter_mut().for_each(WorkerHandle::stop);
         self.shared.stop_maintenance();
         let _ = maintenance.join();
-        let image = self.image();
-        if image.image().is_read_only() {
+        let route = self.shared.route.load_full();
+        let image = route.source();
+        // What was lost is not touched any more: others may have changed it under the map that is known here.
+        if image.image().is_read_only() || matches!(*route, Route::Failed(_)) {
             return Ok(());
         }
         image.image().close().map_err(|e| {

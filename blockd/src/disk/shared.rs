@@ -18,8 +18,10 @@ use crate::worker::{Limits, SERIAL_BYTES};
 pub struct DiskShared {
     /// The disk's name.
     pub id: String,
-    /// What requests are checked against.
-    pub limits: Limits,
+    /// What requests are checked against, but for the size.
+    limits: Limits,
+    /// Size of the disk in bytes.
+    size: AtomicU64,
     /// Where requests go.
     pub route: Arc<ArcSwap<Route>>,
     /// Grace periods of mapped I/O.
@@ -63,6 +65,7 @@ impl DiskShared {
         Arc::new(Self {
             id: id.to_owned(),
             limits,
+            size: AtomicU64::new(limits.size),
             route: Arc::new(ArcSwap::from_pointee(Route::Single(image))),
             gate: Arc::default(),
             counters: Counters::new(workers),
@@ -73,6 +76,16 @@ impl DiskShared {
             cache_on: AtomicBool::new(cache_on),
             events: Told(events),
         })
+    }
+
+    /// What requests are checked against.
+    pub fn limits(&self) -> Limits {
+        Limits { size: self.size.load(Ordering::Relaxed), ..self.limits }
+    }
+
+    /// The disk has another size now. The images check spans themselves, so this may come a little early or late.
+    pub fn set_size(&self, bytes: u64) {
+        self.size.store(bytes, Ordering::Relaxed);
     }
 
     /// Tells what happens to the disk.
@@ -145,7 +158,7 @@ impl DiskShared {
         if !image.image().wants_maintenance() {
             return;
         }
-        if let Err(e) = image.image().maintain(&|| self.gate.wait()) {
+        if let Err(e) = image.maintain(&|| self.gate.wait()) {
             tracing::warn!(disk = self.id, image = %image.path().display(), "maintenance failed: {e}");
             // What asks for it again at once must not turn into a busy loop of failures.
             std::thread::sleep(Duration::from_millis(100));

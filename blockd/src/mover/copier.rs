@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use formats::{ByteSpan, ErrorKind, Pieces, Place, ZeroMode};
+use formats::{ByteSpan, ErrorKind, ImageError, Pieces, Place, ZeroMode};
 use mirror::{Action, CopyResult, Event, ExtentRange, VerifyResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_uring::buf::{BoundedBuf, IoBuf, IoBufMut};
@@ -100,8 +100,7 @@ impl Side {
         let mut pieces = Pieces::new();
         let span = ByteSpan::new(offset, (to - from) as u64);
         if let Err(e) = self.image.image().map_write(span, &mut pieces) {
-            let full = e.kind == ErrorKind::NoSpace;
-            return (buffer, Err(Fail { full, message: e.to_string() }));
+            return (buffer, Err(Fail::from(e)));
         }
         let mut at = from;
         for piece in pieces.iter() {
@@ -114,14 +113,14 @@ impl Side {
             }
             at = end;
         }
-        (buffer, Ok(()))
+        (buffer, self.image.image().wrote(span).map_err(Fail::from))
     }
 
     /// Makes a span read as zeroes; touches the file only where it may hold something else.
     async fn zero(&self, span: ByteSpan) -> Result<(), Fail> {
         let mut pieces = Pieces::new();
         let mapped = self.image.image().map_zero(span, ZeroMode::Unmap, &mut pieces);
-        mapped.map_err(|e| Fail { full: e.kind == ErrorKind::NoSpace, message: e.to_string() })?;
+        mapped.map_err(Fail::from)?;
         for piece in pieces.iter() {
             let Place::File { offset, .. } = piece.place else { continue };
             let storage = &self.image.image().files()[0];
@@ -131,13 +130,19 @@ impl Side {
                 storage.punch(offset, piece.len).map_err(Fail::from)?;
             }
         }
-        Ok(())
+        self.image.image().wrote(span).map_err(Fail::from)
     }
 }
 
 struct Fail {
     full: bool,
     message: String,
+}
+
+impl From<ImageError> for Fail {
+    fn from(e: ImageError) -> Self {
+        Self { full: e.kind == ErrorKind::NoSpace, message: e.to_string() }
+    }
 }
 
 impl From<std::io::Error> for Fail {
@@ -383,7 +388,7 @@ impl Copier {
         let (image, gate, maintaining) = (image.clone(), self.gate.clone(), self.maintaining.clone());
         let done = self.maintaining.clone();
         let thread = std::thread::Builder::new().name("maintenance".into()).spawn(move || {
-            if let Err(e) = image.image().maintain(&|| gate.wait()) {
+            if let Err(e) = image.maintain(&|| gate.wait()) {
                 tracing::warn!(image = %image.path().display(), "maintenance failed: {e}");
             }
             maintaining.store(false, Ordering::Release);

@@ -28,7 +28,7 @@ use mirror::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::disk::handle::ImageHandle;
+use crate::disk::handle::{ImageHandle, OpenImage};
 use crate::disk::{Disk, DiskError};
 use control::Control;
 use journal_file::JournalFile;
@@ -170,7 +170,8 @@ fn make_target(plan: &MovePlan, disk: &Disk) -> Result<Arc<ImageHandle>, DiskErr
         logical_sector_size: geometry.logical_sector_size,
     };
     formats::create(&temporary, &options).map_err(create_error)?;
-    let opened = ImageHandle::open(&temporary, Some(plan.format), false, false).and_then(|target| {
+    let how = OpenImage { format: Some(plan.format), ..OpenImage::default() };
+    let opened = ImageHandle::open(&temporary, &how).and_then(|target| {
         let got = target.image().geometry();
         if (got.virtual_size, got.logical_sector_size)
             == (geometry.virtual_size, geometry.logical_sector_size)

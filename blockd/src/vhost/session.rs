@@ -118,7 +118,7 @@ impl Session {
             | 1 << VIRTIO_BLK_F_MQ
             | LOG_ALL
             | PROTOCOL_FEATURES;
-        if self.common.disk.limits.read_only {
+        if self.common.disk.limits().read_only {
             features |= 1 << VIRTIO_BLK_F_RO;
         } else {
             features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
@@ -333,7 +333,7 @@ impl Session {
     // --- configuration space (virtio 1.3, section 5.2.4) ---------------------------------------------------------------
 
     fn config_space(&self) -> [u8; CONFIG_BYTES_MAX as usize] {
-        let disk = &self.common.disk.limits;
+        let disk = self.common.disk.limits();
         let exponent = (self.common.physical_sector / disk.sector).max(1).ilog2() as u8;
         let zero_sectors = (disk.zero_bytes_max / SECTOR) as u32;
         let align = (self.common.physical_sector.max(4096) / SECTOR as u32).to_le_bytes();

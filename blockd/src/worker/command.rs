@@ -62,6 +62,8 @@ pub enum Command {
     /// Take nothing more from the queue, complete what was taken, and answer where taking would go on (`None` when the
     /// queue did not run).
     Stop(QueueKey, Sender<Option<u16>>),
+    /// The disk has another route: what waited for one goes on.
+    Look,
     /// Stop everything and end the thread.
     Exit,
 }

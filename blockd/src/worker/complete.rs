@@ -33,8 +33,15 @@ impl Worker {
     pub(super) fn parts_done(&mut self, index: u32, mut slot: Box<Slot>) {
         slot.clear_parts();
         let Some(route) = slot.route.clone() else { return self.complete(index, slot, STATUS_IOERR) };
+        if slot.stage == Stage::Running && slot.op.is_change() {
+            slot.say_written(&route);
+        }
         if slot.stage == Stage::Syncing {
             self.note_syncs(&mut slot, &route);
+            if !slot.parts.is_empty() {
+                // Metadata that had to wait for the payload was written just now, and needs a sync of its own.
+                return self.run_parts(index, slot);
+            }
             if let (Op::Flush, Some(error), Route::Mirrored { moving, .. }) =
                 (slot.op, slot.target_error.clone(), &*route)
             {
@@ -85,29 +92,38 @@ impl Worker {
 
     /// Tells the images what is durable now.
     fn note_syncs(&mut self, slot: &mut Slot, route: &Route) {
-        for (side, image) in [(Side::Source, Some(route.source())), (Side::Target, route.target())] {
+        for (side, image) in [(Side::Source, Some(route.source())), (Side::Target, route.flushed_too())] {
             let token = slot.tokens[side as usize].take();
             if let (Side::Target, Some(_), Route::Mirrored { moving, .. }) = (side, token, route) {
                 let ended = slot.target_error.take().map_or(Ok(()), Err);
                 slot.target_error = moving.target_flushed(ended).err();
             }
-            if let (Side::Source, Some(_), Some(image)) = (side, token, image) {
-                let ended = slot.source_error.take().map_or(Ok(()), Err);
-                slot.source_error = image.synced(ended).err();
-                if let Some(e) = &slot.source_error {
+            // Both images of a snapshot that settles are the disk.
+            let is_disk = side == Side::Source || matches!(route, Route::Settling { .. });
+            if let (true, Some(_), Some(image)) = (is_disk, token, image) {
+                let ended = slot.error_of(side).take().map_or(Ok(()), Err);
+                *slot.error_of(side) = image.synced(ended).err();
+                if let Some(e) = slot.error_of(side) {
                     self.disk.set_failed(&format!("{} cannot be made durable: {e}", image.path().display()));
                 }
             }
-            let failed = match side {
-                Side::Source => &slot.source_error,
-                Side::Target => &slot.target_error,
-            };
-            if let (Some(token), Some(image), None) = (token, image, failed) {
-                let _ = image.image().sync_done(token);
-                if image.image().wants_maintenance() {
-                    self.disk.wake_maintenance();
+            let (Some(token), Some(image), None) = (token, image, slot.error_of(side)) else { continue };
+            match image.image().sync_done(token) {
+                Ok(None) => {}
+                Ok(Some(next)) => slot.add_sync(side, image, next),
+                Err(e) => {
+                    tracing::warn!(disk = self.disk.id, image = %image.path().display(), "flush: {e}");
+                    slot.fail(side, || e.to_string());
                 }
             }
+            if image.image().wants_maintenance() {
+                self.disk.wake_maintenance();
+            }
+        }
+        if matches!(route, Route::Settling { .. })
+            && let Some(e) = slot.target_error.take()
+        {
+            slot.fail(Side::Source, || e);
         }
     }
 
@@ -181,6 +197,17 @@ impl Worker {
 }
 
 impl Slot {
+    /// Tells the images that the payload of a change is in the file, for each side that got all of it.
+    fn say_written(&mut self, route: &Route) {
+        let target = route.target().filter(|_| self.to_target);
+        for (side, image) in [(Side::Source, Some(route.source())), (Side::Target, target)] {
+            let (Some(image), None) = (image, self.error_of(side)) else { continue };
+            if let Err(e) = image.image().wrote(self.span) {
+                self.fail(side, || format!("{}: {e}", image.path().display()));
+            }
+        }
+    }
+
     fn source_status(&self) -> u8 {
         if self.source_error.is_some() { STATUS_IOERR } else { STATUS_OK }
     }

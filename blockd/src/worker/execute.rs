@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use formats::{ImageError, ZeroMode};
+use formats::{ImageError, SyncToken, ZeroMode};
 use io_uring::{opcode, types};
 use libc::iovec;
 use mirror::{Event, Side, WriteKind, WriteTo};
@@ -35,7 +35,7 @@ impl Worker {
         };
         let (index, mut slot) = self.take_slot();
         (slot.queue, slot.head, slot.started) = (queue, head, started);
-        let parsed = request::parse(&memory, &self.buffers, &self.disk.limits, &mut slot);
+        let parsed = request::parse(&memory, &self.buffers, &self.disk.limits(), &mut slot);
         slot.memory = Some(memory);
         slot.data_bytes = iov::total(&slot.iov);
         self.bytes_in_flight += slot.data_bytes;
@@ -57,7 +57,7 @@ impl Worker {
         }
     }
 
-    fn execute(&mut self, index: u32, mut slot: Box<Slot>) {
+    pub(super) fn execute(&mut self, index: u32, mut slot: Box<Slot>) {
         if slot.op == Op::GetId {
             let serial = self.disk.serial();
             request::copy_out(&serial, &slot.iov);
@@ -66,16 +66,36 @@ impl Worker {
         // Before the route and any map is looked at.
         slot.entry = Some(self.shard.enter());
         let route = self.current_route();
+        if matches!(*route, Route::Held(_)) {
+            return self.hold(index, slot);
+        }
         slot.route = Some(route.clone());
         if slot.op.is_change() && slot.span.len == 0 {
             return self.complete(index, slot, STATUS_OK);
         }
         match (&*route, slot.op) {
+            (Route::Failed(_), _) => self.fail(index, slot),
             (_, Op::Read) => self.start_read(index, slot, &route),
             (_, Op::Flush) => self.start_flush(index, slot, &route),
             (Route::Mirrored { moving, .. }, _) => self.ask_to_write(index, slot, moving),
             _ => self.start_write(index, slot, WriteTo::SourceOnly),
         }
+    }
+
+    /// Puts a request aside until there is a route. It is not inside the gate meanwhile: whoever holds requests up waits
+    /// for those that are.
+    fn hold(&mut self, index: u32, mut slot: Box<Slot>) {
+        if let Some(entry) = slot.entry.take() {
+            self.shard.leave(entry);
+        }
+        slot.stage = Stage::Held;
+        self.slots[index as usize] = Some(slot);
+        self.held.push_back(index);
+    }
+
+    fn fail(&mut self, index: u32, mut slot: Box<Slot>) {
+        slot.written = 1;
+        self.complete(index, slot, STATUS_IOERR);
     }
 
     // --- reads and flushes -------------------------------------------------------------------------------------------
@@ -102,10 +122,14 @@ impl Worker {
     }
 
     fn start_flush(&mut self, index: u32, mut slot: Box<Slot>, route: &Route) {
-        if self.disk.limits.read_only {
+        if self.disk.limits().read_only {
             return self.complete(index, slot, STATUS_OK);
         }
-        let both = matches!(route, Route::Mirrored { moving, .. } if moving.flushes_both());
+        let both = match route {
+            Route::Mirrored { moving, .. } => moving.flushes_both(),
+            Route::Settling { .. } => true,
+            _ => false,
+        };
         self.add_syncs(&mut slot, route, both);
         self.run_parts(index, slot);
     }
@@ -113,12 +137,12 @@ impl Worker {
     /// One sync of each image that has to be durable.
     pub(super) fn add_syncs(&mut self, slot: &mut Slot, route: &Route, both: bool) {
         slot.stage = Stage::Syncing;
-        let sides = [(Side::Source, Some(route.source())), (Side::Target, route.target().filter(|_| both))];
+        let sides =
+            [(Side::Source, Some(route.source())), (Side::Target, route.flushed_too().filter(|_| both))];
         for (side, image) in sides {
             let Some(image) = image else { continue };
-            slot.tokens[side as usize] = Some(image.image().sync_begin());
-            let fd = image.top().fd();
-            slot.parts.push(Part { op: PartOp::Sync, side, fd, offset: 0, len: 0, iov: (0, 0), retries: 0 });
+            let token = image.image().sync_begin();
+            slot.add_sync(side, image, token);
         }
     }
 
@@ -231,10 +255,9 @@ impl Worker {
         Ok(())
     }
 
-    fn refuse(&mut self, index: u32, mut slot: Box<Slot>, error: &ImageError) {
+    fn refuse(&mut self, index: u32, slot: Box<Slot>, error: &ImageError) {
         tracing::warn!(disk = self.disk.id, "request at {}: {error}", slot.span.offset);
-        slot.written = 1;
-        self.complete(index, slot, STATUS_IOERR);
+        self.fail(index, slot);
     }
 
     // --- bouncing ----------------------------------------------------------------------------------------------------
@@ -317,6 +340,13 @@ impl Slot {
                 use_them(self, &[one]);
             }
         }
+    }
+
+    /// Adds a sync of an image's own file, which the image has given `token` for.
+    pub(super) fn add_sync(&mut self, side: Side, image: &ImageHandle, token: SyncToken) {
+        self.tokens[side as usize] = Some(token);
+        let fd = image.top().fd();
+        self.parts.push(Part { op: PartOp::Sync, side, fd, offset: 0, len: 0, iov: (0, 0), retries: 0 });
     }
 
     /// Adds a part of `len` bytes whose data is what `data` holds from byte `at` on.

@@ -23,6 +23,7 @@ mod queue;
 mod request;
 mod slot;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -142,6 +143,9 @@ struct Worker {
     /// Words of a move about own writes, to be looked at in this round.
     words: Vec<WriteWord>,
     stops: Vec<(QueueKey, Sender<Option<u16>>)>,
+    /// Requests that wait for a route, in the order in which they were taken. While there are any, no further ones are
+    /// taken.
+    held: VecDeque<u32>,
     exiting: bool,
     poll_window: Duration,
 }
@@ -184,6 +188,7 @@ impl Worker {
             buffers: Vec::new(),
             words: Vec::new(),
             stops: Vec::new(),
+            held: VecDeque::new(),
             exiting: false,
             poll_window: Duration::ZERO,
         })
@@ -352,6 +357,14 @@ impl Worker {
                 }
                 self.stops.push((key, done));
             }
+            Command::Look => {
+                // Whatever the old route held on to is let go of, also while no request comes.
+                self.current_route();
+                for index in std::mem::take(&mut self.held) {
+                    let slot = self.slots[index as usize].take().expect("what is held is in its slot");
+                    self.execute(index, slot);
+                }
+            }
             Command::Exit => {
                 self.exiting = true;
                 for queue in self.queues.iter_mut().flatten() {
@@ -384,7 +397,7 @@ impl Worker {
 
     /// Whether another request may be taken.
     fn has_room(&self) -> bool {
-        self.in_flight < SLOTS_MAX && self.bytes_in_flight < BYTES_IN_FLIGHT_MAX
+        self.held.is_empty() && self.in_flight < SLOTS_MAX && self.bytes_in_flight < BYTES_IN_FLIGHT_MAX
     }
 
     /// The current route, shared among requests without touching its atomic count.

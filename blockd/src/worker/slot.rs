@@ -80,6 +80,8 @@ pub struct Part {
 pub enum Stage {
     /// Not in use.
     Free,
+    /// Waits for a route, under which it begins.
+    Held,
     /// Waits for the move's word that it may start.
     Waiting,
     /// Its parts are under way.
@@ -193,12 +195,16 @@ impl Slot {
         self.parts.clear();
     }
 
-    /// Remembers the first error of a side.
-    pub fn fail(&mut self, side: Side, error: impl FnOnce() -> String) {
-        let place = match side {
+    /// Where the first error of a side is.
+    pub fn error_of(&mut self, side: Side) -> &mut Option<String> {
+        match side {
             Side::Source => &mut self.source_error,
             Side::Target => &mut self.target_error,
-        };
-        place.get_or_insert_with(error);
+        }
+    }
+
+    /// Remembers the first error of a side.
+    pub fn fail(&mut self, side: Side, error: impl FnOnce() -> String) {
+        self.error_of(side).get_or_insert_with(error);
     }
 }
