@@ -1,4 +1,5 @@
-//! The map of a dynamic disk: which block is where, and how a block gets its place.
+//! The map of a dynamic disk: which block is where, and how a block gets its place. A differencing disk has its blocks from
+//! here too.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -47,11 +48,12 @@ pub(super) struct Dynamic {
 }
 
 /// A block's part of a span.
-struct Part {
-    block: u64,
+pub(super) struct Part {
+    pub(super) block: u64,
     /// First byte within the block.
-    within: u64,
-    len: u64,
+    pub(super) within: u64,
+    /// Bytes.
+    pub(super) len: u64,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -63,14 +65,13 @@ impl Dynamic {
     /// A disk for reading, or, with `growth` and the end of its last block, for writing.
     pub(super) fn new(storage: Arc<dyn Storage>, body: &Body, growth: Option<(Growth, u64)>) -> Self {
         let shape = body.shape;
-        let grid = SlotGrid::new(shape);
         Self {
             files: [storage],
             shape,
             table: BlockTable::new(&body.table),
             payload_align: body.payload_align(),
             writer: growth.map(|(growth, used_end)| Writer {
-                grid,
+                grid: growth.grid(),
                 growth: Mutex::new(growth),
                 ready: Mutex::new(Ready { slots: Slots { first_data: 0, count: 0 }, used_end }),
                 ready_count: AtomicU64::new(0),
@@ -102,7 +103,7 @@ impl Dynamic {
     }
 
     /// The span's parts, block by block.
-    fn parts(&self, at: ByteSpan) -> impl Iterator<Item = Part> + use<> {
+    pub(super) fn parts(&self, at: ByteSpan) -> impl Iterator<Item = Part> + use<> {
         let size = self.shape.block_size;
         let (mut offset, end) = (at.offset, at.offset + at.len);
         std::iter::from_fn(move || {
@@ -114,13 +115,37 @@ impl Dynamic {
         })
     }
 
-    fn piece(&self, entry: u32, part: &Part) -> Piece {
+    /// Where a part of the block with this entry is.
+    pub(super) fn piece(&self, entry: u32, part: &Part) -> Piece {
         let offset = self.shape.data_at(entry) + part.within;
         Piece { len: part.len, place: Place::File { file: FileIndex::TOP, offset } }
     }
 
+    /// Refuses spans that leave the disk or are off its grid.
+    pub(super) fn check_span(&self, at: ByteSpan) -> Result<(), ImageError> {
+        check_span(at, self.shape.virtual_size, SECTOR as u32)
+    }
+
+    /// Refuses what would write to a disk that is read-only or poisoned.
+    pub(super) fn check_writable(&self) -> Result<(), ImageError> {
+        self.writer().map(drop)
+    }
+
+    /// The table entry of a block; `None` when it has no place.
+    pub(super) fn entry(&self, block: u64) -> Option<u32> {
+        self.table.get(block)
+    }
+
+    /// The table entry of a block, which gets its place if it has none.
+    pub(super) fn entry_for_writing(&self, block: u64) -> Result<u32, ImageError> {
+        match self.table.get(block) {
+            Some(entry) => Ok(entry),
+            None => self.place(self.writer()?, block),
+        }
+    }
+
     pub(super) fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
-        check_span(at, self.shape.virtual_size, SECTOR as u32)?;
+        self.check_span(at)?;
         for part in self.parts(at) {
             out.push(match self.table.get(part.block) {
                 Some(entry) => self.piece(entry, &part),
@@ -132,11 +157,11 @@ impl Dynamic {
 
     pub(super) fn map_write(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
         let writer = self.writer()?;
-        check_span(at, self.shape.virtual_size, SECTOR as u32)?;
+        self.check_span(at)?;
         for part in self.parts(at) {
             let entry = match self.table.get(part.block) {
                 Some(entry) if self.table.is_marked(part.block) => entry,
-                Some(entry) => self.mark(writer, part.block, entry)?,
+                Some(entry) => self.mark(part.block, entry)?,
                 None => self.place(writer, part.block)?,
             };
             out.push(self.piece(entry, &part));
@@ -148,7 +173,7 @@ impl Dynamic {
     /// taking the block away would lose it for good, since a VHD has no list of free space.
     pub(super) fn map_zero(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
         self.writer()?;
-        check_span(at, self.shape.virtual_size, SECTOR as u32)?;
+        self.check_span(at)?;
         for part in self.parts(at) {
             if let Some(entry) = self.table.get(part.block) {
                 out.push(self.piece(entry, &part));
@@ -173,8 +198,8 @@ impl Dynamic {
     }
 
     /// Passes an error on. One that leaves it open what is in the file makes the image unusable for writing.
-    fn fatal(&self, writer: &Writer, error: ImageError) -> ImageError {
-        if error.kind != ErrorKind::NoSpace {
+    pub(super) fn fatal(&self, error: ImageError) -> ImageError {
+        if let Some(writer) = self.writer.as_ref().filter(|_| error.kind != ErrorKind::NoSpace) {
             tracing::error!(error = %error.message, "VHD takes no further writes");
             // A failure before this one has said why already.
             let _ = writer.poison.set(error.message.clone());
@@ -182,9 +207,14 @@ impl Dynamic {
         error
     }
 
+    /// Syncs the file.
+    pub(super) fn sync(&self) -> Result<(), ImageError> {
+        sync(self.storage()).map_err(|e| self.fatal(e))
+    }
+
     /// Makes the bitmap of a block of an earlier session all ones, before its first write in this one: data is read
     /// here whatever the bitmap says, but other readers go by it.
-    fn mark(&self, writer: &Writer, block: u64, entry: u32) -> Result<u32, ImageError> {
+    fn mark(&self, block: u64, entry: u32) -> Result<u32, ImageError> {
         // Without a lock: threads that meet here write the same ones.
         let at = u64::from(entry) * SECTOR;
         let mut bitmap = vec![0; self.shape.bitmap_used() as usize];
@@ -193,9 +223,9 @@ impl Dynamic {
             .map_err(|e| ImageError::io(format!("reading the sector bitmap at {at}"), e))?;
         if bitmap.iter().any(|&b| b != 0xff) {
             bitmap.fill(0xff);
-            self.storage().write_at(&bitmap, at).map_err(|e| {
-                self.fatal(writer, ImageError::io(format!("writing the sector bitmap at {at}"), e))
-            })?;
+            self.storage()
+                .write_at(&bitmap, at)
+                .map_err(|e| self.fatal(ImageError::io(format!("writing the sector bitmap at {at}"), e)))?;
         }
         self.table.mark(block);
         Ok(entry)
@@ -222,7 +252,7 @@ impl Dynamic {
         let entry = writer.grid.entry_of(data);
         let at = self.shape.table_offset + block * 4;
         self.storage().write_at(&entry.to_be_bytes(), at).map_err(|e| {
-            self.fatal(writer, ImageError::io(format!("writing block table entry {block} at {at}"), e))
+            self.fatal(ImageError::io(format!("writing block table entry {block} at {at}"), e))
         })?;
         ready.slots.first_data += writer.grid.stride;
         ready.slots.count -= 1;
@@ -244,7 +274,7 @@ impl Dynamic {
         let wanted = writer.grid.step().min(self.table.absent().saturating_sub(have)).max(1);
         let made = growth.extend(self.storage(), wanted);
         writer.growth_failed.store(made.is_err(), Ordering::Relaxed);
-        let made = made.map_err(|e| self.fatal(writer, e))?;
+        let made = made.map_err(|e| self.fatal(e))?;
         let mut ready = lock(&writer.ready);
         let slots = &mut ready.slots;
         if slots.count == 0 {
@@ -282,8 +312,8 @@ impl Dynamic {
         if self.writer.is_none() {
             return Ok(());
         }
-        let writer = self.writer()?;
-        sync(self.storage()).map_err(|e| self.fatal(writer, e))
+        self.writer()?;
+        self.sync()
     }
 
     pub(super) fn close(&self) -> Result<(), ImageError> {
@@ -294,12 +324,12 @@ impl Dynamic {
         let mut growth = lock(&writer.growth);
         let mut ready = lock(&writer.ready);
         if !growth.moved {
-            return sync(self.storage()).map_err(|e| self.fatal(writer, e));
+            return self.sync();
         }
         ready.slots.count = 0;
         writer.ready_count.store(0, Ordering::Relaxed);
         writer.allocates.store(false, Ordering::Relaxed);
-        growth.shrink(self.storage(), ready.used_end).map_err(|e| self.fatal(writer, e))
+        growth.shrink(self.storage(), ready.used_end).map_err(|e| self.fatal(e))
     }
 
     pub(super) fn next_extent(&self, offset: u64) -> Result<Option<Extent>, ImageError> {

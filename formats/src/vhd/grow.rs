@@ -1,14 +1,15 @@
 //! Space for new blocks: the file is grown ahead in large steps, so that giving a block its place costs one write of
 //! four bytes and no sync.
 //!
-//! A *slot* is space for one block: its data begins on 4 KiB, its bitmap (all ones) lies right before, the data is
-//! known to read as zeroes, durably, and lies before the footer. A step of growth makes slots in this order:
+//! A *slot* is space for one block: its data begins on 4 KiB, its bitmap lies right before (all ones on a dynamic disk, all
+//! zeroes on a differencing one, durably), the data is known to read as zeroes, durably, and lies before the footer. A
+//! step of growth makes slots in this order:
 //!
 //! ```text
 //!   1  footer at the new end            the old one is still there
 //!   2  zero the free space before the old footer, bitmaps of the new slots (but not over the old footer)
 //!   3  sync                             from here on the new footer is durable
-//!   4  zero the old footer              and sync, if it lies where a slot's data will be
+//!   4  zero the old footer              and sync, if it lies where a slot's data (or bitmap of zeroes) will be
 //!   5  the bitmap in whose place it was; the slots may be used
 //! ```
 //!
@@ -18,7 +19,7 @@
 use crate::{ErrorKind, ImageError, Storage};
 
 use super::SECTOR;
-use super::footer::{FOOTER_LEN, Footer};
+use super::footer::{DiskType, FOOTER_LEN, Footer};
 use super::layout::Shape;
 
 /// The grid on which the data of new blocks and the ends of files lie.
@@ -45,12 +46,15 @@ pub(super) struct SlotGrid {
     align: u64,
     /// From the data of one slot to that of the next.
     pub(super) stride: u64,
+    /// Whether the bitmaps of slots are all zeroes: nothing of the block is the disk's own.
+    bitmaps_empty: bool,
 }
 
 impl SlotGrid {
-    pub(super) fn new(shape: Shape) -> Self {
+    pub(super) fn new(shape: Shape, disk_type: DiskType) -> Self {
         let align = shape.slot_align();
-        Self { shape, align, stride: shape.block_size + shape.bitmap_len.next_multiple_of(align) }
+        let stride = shape.block_size + shape.bitmap_len.next_multiple_of(align);
+        Self { shape, align, stride, bitmaps_empty: disk_type == DiskType::Differencing }
     }
 
     /// Where the data of the first slot behind `end` begins.
@@ -104,6 +108,11 @@ impl Growth {
         Self { grid, footer, footer_at, file_len, laid_end, copy_stale, moved: false }
     }
 
+    /// The measures of the slots.
+    pub(super) fn grid(&self) -> SlotGrid {
+        self.grid
+    }
+
     /// Makes up to `count` slots behind those that there are.
     pub(super) fn extend(&mut self, storage: &dyn Storage, count: u64) -> Result<Slots, ImageError> {
         let slots = self.plan(count)?;
@@ -135,7 +144,8 @@ impl Growth {
             self.footer_at = new_len - FOOTER_LEN;
             self.file_len = new_len;
             self.zero(storage, at, old_len.min(self.footer_at))?;
-            if old_len > slots.first_data {
+            let bitmaps_matter = self.grid.bitmaps_empty && old_len > slots.first_data - bitmap_len;
+            if old_len > slots.first_data || bitmaps_matter {
                 sync(storage)?;
             }
             self.write_bitmaps(storage, slots, covered)?;
@@ -183,7 +193,8 @@ impl Growth {
             .map_err(|e| ImageError::io(format!("clearing the space from {from} to {to}"), e))
     }
 
-    /// Writes bitmaps of ones for those slots whose bitmap's offset `wanted` takes.
+    /// Writes the bitmaps of those slots whose bitmap's offset `wanted` takes. Zeroes too, so that the file system has space
+    /// for them when bits are set.
     fn write_bitmaps(
         &self,
         storage: &dyn Storage,
@@ -191,7 +202,9 @@ impl Growth {
         wanted: impl Fn(u64) -> bool,
     ) -> Result<(), ImageError> {
         let mut bitmap = vec![0; self.shape().bitmap_len as usize];
-        bitmap[..self.shape().bitmap_used() as usize].fill(0xff);
+        if !self.grid.bitmaps_empty {
+            bitmap[..self.shape().bitmap_used() as usize].fill(0xff);
+        }
         for n in 0..slots.count {
             let at = slots.first_data + n * self.grid.stride - self.shape().bitmap_len;
             if wanted(at) {

@@ -407,14 +407,14 @@ pub(super) fn read_all(storage: &dyn Storage) -> Result<(Found, u64, Option<Body
 }
 
 /// The refusal of a disk whose content is partly in a parent.
-pub(super) fn refuse_differencing(body: &Body) -> ImageError {
+pub(super) fn refuse_differencing(body: &Body) -> Result<(), ImageError> {
     let name = body.parent_paths.first().map_or(&body.header.parent_name, |path| &path.text);
-    ImageError::new(
+    Err(ImageError::new(
         ErrorKind::Parent,
         format!(
             "differencing VHD with the parent {name:?} (id {}), which has to be opened with it: a parent is never opened \
              by the path that the image names alone",
             body.header.parent_id
         ),
-    )
+    ))
 }

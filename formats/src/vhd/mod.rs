@@ -1,9 +1,9 @@
-//! Virtual Hard Disk, format 1.0: fixed and dynamic disks.
+//! Virtual Hard Disk, format 1.0: fixed, dynamic and differencing disks.
 //!
 //! ```text
-//!   fixed     content ............................................ footer
-//!   dynamic   footer's copy | header | block table | blocks ...... | (grown ahead) | footer
-//!                                                    └ bitmap, data
+//!   fixed          content ............................................ footer
+//!   dynamic        footer's copy | header | block table | blocks ...... | (grown ahead) | footer
+//!   differencing   (the same, and the parent's paths)     └ bitmap, data
 //! ```
 //!
 //! **What decides.** The footer in the file's last 512 bytes says what the disk is: the file's first bytes are, on a fixed
@@ -15,6 +15,7 @@
 //! write changes as a whole, and it points to space that was made, zeroed and synced before (see `grow`). So after a
 //! power cut every sector that was not flushed holds its old content, zeroes of the new block included, or its new
 //! content. The entry is handed to the kernel before the write that needs it is acknowledged, so it outlives the process.
+//! Sectors of a differencing disk become its own with a bit more to it (see `differencing`).
 //!
 //! **Bitmaps** of dynamic disks are not looked at when reading, as everywhere in practice; blocks that are written get
 //! bitmaps of ones, so that readers which do look find the same content.
@@ -23,6 +24,7 @@ mod bytes;
 mod check;
 mod corruption;
 mod create;
+mod differencing;
 mod dynamic;
 mod footer;
 mod grow;
@@ -37,14 +39,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::flat::Flat;
 use crate::{
-    ByteSpan, ErrorKind, Extent, Format, Geometry, Image, ImageError, ImageType, Pieces, Storage, SyncToken,
-    ZeroMode,
+    ByteSpan, ErrorKind, Extent, Format, Geometry, Image, ImageError, ImageType, Layer, LayerOptions,
+    ParentLink, Pieces, Storage, SyncToken, ZeroMode,
 };
 
 pub use check::check;
 pub use corruption::Corruption;
 pub use create::{CreateParams, create};
 
+use differencing::Differencing;
 use dynamic::Dynamic;
 use footer::{DiskType, FOOTER_LEN};
 use grow::{Growth, SlotGrid, end_of_file};
@@ -161,6 +164,7 @@ fn state_of(found: &Found) -> VhdState {
 enum Kind {
     Fixed(Flat),
     Dynamic(Box<Dynamic>),
+    Differencing(Box<Differencing>),
 }
 
 /// An open VHD.
@@ -169,10 +173,11 @@ pub struct Vhd {
     kind: Kind,
     state: VhdState,
     unique_id: uuid::Uuid,
+    link: Option<ParentLink>,
 }
 
 impl Vhd {
-    /// Reads and validates `storage`. `recover` lets a disk whose footer is lost (a power cut while the file grew) be
+    /// Reads and validates `storage`, a disk without a parent. `recover` lets a disk whose footer is lost (a power cut while the file grew) be
     /// opened for writing: the footer is then rewritten from its copy, after all else was found sound. It should be the
     /// operator's word, or that of software which knows the disk to be a dynamic one: see the module's description.
     ///
@@ -181,32 +186,51 @@ impl Vhd {
     /// [`ErrorKind::Parent`] for a differencing disk, [`ErrorKind::Unsupported`] for writing to a disk with which a
     /// virtual machine was suspended, [`ErrorKind::Io`].
     pub fn open(storage: Arc<dyn Storage>, read_only: bool, recover: bool) -> Result<Self, ImageError> {
+        let options = LayerOptions { read_only, recover, ..LayerOptions::default() };
+        Self::open_if(storage, &options, layout::refuse_differencing)
+    }
+
+    /// Reads and validates `storage`, a disk of any type, as a layer of a chain: see [`Vhd::open`] and [`crate::Chain`].
+    /// What a VHD's children go by never changes, so [`LayerOptions::next_content_id`] is not used.
+    ///
+    /// # Errors
+    /// Those of [`Vhd::open`], but for the refusal of differencing disks.
+    pub fn open_layer(storage: Arc<dyn Storage>, options: &LayerOptions) -> Result<Self, ImageError> {
+        Self::open_if(storage, options, |_| Ok(()))
+    }
+
+    fn open_if(
+        storage: Arc<dyn Storage>,
+        options: &LayerOptions,
+        has_parent: impl FnOnce(&Body) -> Result<(), ImageError>,
+    ) -> Result<Self, ImageError> {
         let (found, virtual_size, body) = layout::read_all(&*storage)?;
         let mut state = state_of(&found);
-        let unique_id = found.footer.unique_id();
-        if found.footer.saved_state() && !read_only {
-            return Err(ImageError::new(
-                ErrorKind::Unsupported,
-                "footer: the saved-state byte says that a virtual machine was suspended with this disk, which writes \
-                 would corrupt; resume or discard it with the software that did so, or open the disk for reading",
-            ));
-        }
+        let (unique_id, disk_type) = (found.footer.unique_id(), found.disk_type);
+        refuse_suspended(&found, options)?;
         let Some(body) = body else {
-            let flat = Flat::new(storage, virtual_size, SECTOR as u32, read_only);
-            return Ok(Self { kind: Kind::Fixed(flat), state, unique_id });
+            let flat = Flat::new(storage, virtual_size, SECTOR as u32, options.read_only);
+            return Ok(Self { kind: Kind::Fixed(flat), state, unique_id, link: None });
         };
-        if found.disk_type == DiskType::Differencing {
-            return Err(layout::refuse_differencing(&body));
+        let differencing = disk_type == DiskType::Differencing;
+        if differencing {
+            has_parent(&body)?;
         }
-        let growth = if read_only {
+        let growth = if options.read_only {
             None
         } else {
             let used_end = layout::first_free(&*storage, &body, found.limit())?;
-            let growth = writable(&*storage, found, &body, used_end, recover)?;
+            let growth = writable(&*storage, found, &body, used_end, options.recover)?;
             state = if state == VhdState::FooterMissing { VhdState::Clean } else { state };
             Some((growth, used_end))
         };
-        Ok(Self { kind: Kind::Dynamic(Box::new(Dynamic::new(storage, &body, growth))), state, unique_id })
+        let blocks = Dynamic::new(storage, &body, growth);
+        if !differencing {
+            return Ok(Self { kind: Kind::Dynamic(Box::new(blocks)), state, unique_id, link: None });
+        }
+        let link = Some(locator::link_of(&body.header, &body.parent_paths));
+        let disk = Differencing::new(blocks, options.notes.clone(), unique_id)?;
+        Ok(Self { kind: Kind::Differencing(Box::new(disk)), state, unique_id, link })
     }
 
     /// The state of the footers when the image was opened, after recovery.
@@ -219,11 +243,23 @@ impl Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.virtual_size(),
             Kind::Dynamic(d) => d.allocated_bytes(),
+            Kind::Differencing(d) => d.blocks().allocated_bytes(),
         }
     }
 }
 
-/// Readies a dynamic disk for writing: puts a lost footer back if that is allowed.
+fn refuse_suspended(found: &Found, options: &LayerOptions) -> Result<(), ImageError> {
+    if found.footer.saved_state() && !options.read_only {
+        return Err(ImageError::new(
+            ErrorKind::Unsupported,
+            "footer: the saved-state byte says that a virtual machine was suspended with this disk, which writes \
+             would corrupt; resume or discard it with the software that did so, or open the disk for reading",
+        ));
+    }
+    Ok(())
+}
+
+/// Readies a dynamic or differencing disk for writing: puts a lost footer back if that is allowed.
 fn writable(
     storage: &dyn Storage,
     found: Found,
@@ -231,7 +267,7 @@ fn writable(
     used_end: u64,
     recover: bool,
 ) -> Result<Growth, ImageError> {
-    let grid = SlotGrid::new(body.shape);
+    let grid = SlotGrid::new(body.shape, found.disk_type);
     let (footer_at, file_len, moved) = match found.at {
         Some(at) => (at, found.file_len, false),
         None if recover => {
@@ -273,13 +309,17 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(_) => ImageType::Fixed,
             Kind::Dynamic(_) => ImageType::Dynamic,
+            Kind::Differencing(_) => ImageType::Differencing,
         }
     }
 
     fn geometry(&self) -> Geometry {
+        let of_blocks =
+            |d: &Dynamic| (d.shape().virtual_size, d.shape().block_size as u32, d.payload_align());
         let (virtual_size, block_size, payload_align) = match &self.kind {
             Kind::Fixed(flat) => (flat.virtual_size(), 0, fixed_payload_align(flat.virtual_size())),
-            Kind::Dynamic(d) => (d.shape().virtual_size, d.shape().block_size as u32, d.payload_align()),
+            Kind::Dynamic(d) => of_blocks(d),
+            Kind::Differencing(d) => of_blocks(d.blocks()),
         };
         Geometry {
             virtual_size,
@@ -294,6 +334,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.is_read_only(),
             Kind::Dynamic(d) => d.is_read_only(),
+            Kind::Differencing(d) => d.blocks().is_read_only(),
         }
     }
 
@@ -301,6 +342,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.files(),
             Kind::Dynamic(d) => d.files(),
+            Kind::Differencing(d) => d.files(),
         }
     }
 
@@ -308,6 +350,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.map_read(at, out),
             Kind::Dynamic(d) => d.map_read(at, out),
+            Kind::Differencing(d) => d.map_read(at, out),
         }
     }
 
@@ -315,33 +358,41 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.map_write(at, out),
             Kind::Dynamic(d) => d.map_write(at, out),
+            Kind::Differencing(d) => d.map_write(at, out),
         }
     }
 
-    fn map_zero(&self, at: ByteSpan, _mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
+    fn map_zero(&self, at: ByteSpan, mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
+        self.map_zero_over(at, mode, &|_| Ok(false), out)
+    }
+
+    fn wrote(&self, at: ByteSpan) -> Result<(), ImageError> {
         match &self.kind {
-            Kind::Fixed(flat) => flat.map_write(at, out),
-            Kind::Dynamic(d) => d.map_zero(at, out),
+            Kind::Fixed(_) | Kind::Dynamic(_) => Ok(()),
+            Kind::Differencing(d) => d.wrote(at),
         }
-    }
-
-    fn wrote(&self, _at: ByteSpan) -> Result<(), ImageError> {
-        Ok(())
     }
 
     fn sync_begin(&self) -> SyncToken {
-        // Metadata is in the file before a mapping call returns: any sync covers all of it.
-        SyncToken::default()
+        match &self.kind {
+            // Metadata is in the file before a mapping call returns: any sync covers all of it.
+            Kind::Fixed(_) | Kind::Dynamic(_) => SyncToken::default(),
+            Kind::Differencing(d) => d.sync_begin(),
+        }
     }
 
-    fn sync_done(&self, _token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
-        Ok(None)
+    fn sync_done(&self, token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
+        match &self.kind {
+            Kind::Fixed(_) | Kind::Dynamic(_) => Ok(None),
+            Kind::Differencing(d) => d.sync_done(token),
+        }
     }
 
     fn wants_maintenance(&self) -> bool {
         match &self.kind {
             Kind::Fixed(_) => false,
             Kind::Dynamic(d) => d.wants_maintenance(),
+            Kind::Differencing(d) => d.wants_maintenance(),
         }
     }
 
@@ -349,6 +400,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(_) => Ok(()),
             Kind::Dynamic(d) => d.maintain(),
+            Kind::Differencing(d) => d.maintain(),
         }
     }
 
@@ -356,6 +408,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.sync(),
             Kind::Dynamic(d) => d.commit(),
+            Kind::Differencing(d) => d.commit(),
         }
     }
 
@@ -363,6 +416,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.sync(),
             Kind::Dynamic(d) => d.close(),
+            Kind::Differencing(d) => d.close(),
         }
     }
 
@@ -370,6 +424,7 @@ impl Image for Vhd {
         match &self.kind {
             Kind::Fixed(flat) => flat.next_extent(offset),
             Kind::Dynamic(d) => d.next_extent(offset),
+            Kind::Differencing(d) => d.next_extent(offset),
         }
     }
 
@@ -377,11 +432,27 @@ impl Image for Vhd {
         Some(self.unique_id)
     }
 
-    fn parent_link(&self) -> Option<&crate::ParentLink> {
-        None
+    fn parent_link(&self) -> Option<&ParentLink> {
+        self.link.as_ref()
     }
 
     fn begin_changes(&self) -> Result<(), ImageError> {
         Ok(())
+    }
+}
+
+impl Layer for Vhd {
+    fn map_zero_over(
+        &self,
+        at: ByteSpan,
+        _mode: ZeroMode,
+        below: &dyn Fn(ByteSpan) -> Result<bool, ImageError>,
+        out: &mut Pieces,
+    ) -> Result<(), ImageError> {
+        match &self.kind {
+            Kind::Fixed(flat) => flat.map_write(at, out),
+            Kind::Dynamic(d) => d.map_zero(at, out),
+            Kind::Differencing(d) => d.map_zero_over(at, below, out),
+        }
     }
 }
