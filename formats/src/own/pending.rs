@@ -141,6 +141,12 @@ impl Pending {
         self.waiting.remove(range);
     }
 
+    pub(super) fn overlaps(&self, range: &Range<u64>) -> bool {
+        let mut any = false;
+        self.within(range.clone(), |_| any = true);
+        any
+    }
+
     /// Calls `each` with all that lies within `range`; parts may come twice and in any order.
     pub(super) fn within(&self, range: Range<u64>, mut each: impl FnMut(Range<u64>)) {
         self.waiting.within(range.clone(), &mut each);
