@@ -106,7 +106,7 @@ impl Table {
     }
 
     /// Reads every entry that is not 0, in order. Holes of the file are skipped.
-    fn stream(
+    pub(super) fn stream(
         &self,
         view: &dyn Storage,
         mut each: impl FnMut(u64, BatEntry) -> Result<(), Stop>,

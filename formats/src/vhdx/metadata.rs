@@ -17,11 +17,11 @@ const MAX_USER_ENTRIES: usize = 1024;
 const MAX_ITEM: u32 = 1 << 20;
 
 const FILE_PARAMETERS: Guid = Guid::from_digits(0xCAA16737_FA36_4D43_B3B6_33F0AA44E76B);
-const VIRTUAL_SIZE: Guid = Guid::from_digits(0x2FA54224_CD1B_4876_B211_5DBED83BF4B8);
+pub(super) const VIRTUAL_SIZE: Guid = Guid::from_digits(0x2FA54224_CD1B_4876_B211_5DBED83BF4B8);
 const DISK_ID: Guid = Guid::from_digits(0xBECA12AB_B2E6_4523_93EF_C309E000C746);
 const LOGICAL_SECTOR: Guid = Guid::from_digits(0x8141BF1D_A96F_4709_BA47_F233A8FAAB5F);
 const PHYSICAL_SECTOR: Guid = Guid::from_digits(0xCDA348C7_445D_4471_9CC9_E9885251C556);
-const PARENT_LOCATOR: Guid = Guid::from_digits(0xA8D35F2D_B30B_454D_ABF7_D3D84834AB0C);
+pub(super) const PARENT_LOCATOR: Guid = Guid::from_digits(0xA8D35F2D_B30B_454D_ABF7_D3D84834AB0C);
 /// Hyper-V marks a file so while a copy into it is under way.
 const INCOMPLETE: Guid = Guid::from_digits(0x71CC85F0_1B69_4E28_9558_C3BF83AE75D3);
 /// Private items of Hyper-V that change nothing in what the disk holds: its geometry, a label.
@@ -48,12 +48,26 @@ pub(super) struct Metadata {
     pub(super) locator: Option<Vec<u8>>,
 }
 
+/// An entry of the metadata table.
 #[derive(Debug, Clone, Copy)]
-struct Item {
-    id: Guid,
-    offset: u32,
-    len: u32,
+pub(super) struct Item {
+    pub(super) id: Guid,
+    /// From the start of the region.
+    pub(super) offset: u32,
+    pub(super) len: u32,
     flags: u32,
+}
+
+impl Item {
+    #[cfg(test)]
+    pub(super) fn new(id: Guid, offset: u32, len: u32, flags: u32) -> Self {
+        Self { id, offset, len, flags }
+    }
+
+    /// Whether it is the user's, not the system's.
+    pub(super) fn is_user(&self) -> bool {
+        self.flags & FLAG_USER != 0
+    }
 }
 
 struct Reader<'a> {
@@ -62,13 +76,18 @@ struct Reader<'a> {
     items: Vec<Item>,
 }
 
-/// Reads and validates the metadata.
-pub(super) fn read_metadata(storage: &dyn Storage, region: Region) -> Result<Metadata, Stop> {
+/// Reads and validates the metadata table: its entries, in their order.
+pub(super) fn read_items(storage: &dyn Storage, region: Region) -> Result<Vec<Item>, Stop> {
     let mut table = vec![0; TABLE_SIZE];
     storage
         .read_at(&mut table, region.offset)
         .map_err(|e| ImageError::io("reading the metadata table", e))?;
-    let items = parse_table(&table, region)?;
+    Ok(parse_table(&table, region)?)
+}
+
+/// Reads and validates the metadata.
+pub(super) fn read_metadata(storage: &dyn Storage, region: Region) -> Result<Metadata, Stop> {
+    let items = read_items(storage, region)?;
     let reader = Reader { storage, region, items };
     let parameters: [u8; 8] = reader.item(FILE_PARAMETERS, "File Parameters")?;
     let size: [u8; 8] = reader.item(VIRTUAL_SIZE, "Virtual Disk Size")?;

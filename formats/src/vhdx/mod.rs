@@ -11,6 +11,7 @@
 
 mod bat;
 mod check;
+mod compact;
 mod corruption;
 mod create;
 mod guid;
@@ -21,9 +22,12 @@ mod log_entry;
 mod log_scan;
 mod log_writer;
 mod metadata;
+mod offline;
 mod overlay;
 mod parse;
 mod region;
+mod relink;
+mod resize;
 mod session;
 mod space;
 
@@ -36,9 +40,12 @@ use crate::{
 };
 
 pub use check::check;
+pub use compact::compact;
 pub use corruption::Corruption;
 pub use create::{CreateParams, create};
 pub use guid::Guid;
+pub use relink::relink;
+pub use resize::{ParentIsZero, resize, resize_over};
 
 use bat::{Bat, state};
 use metadata::Metadata;

@@ -159,6 +159,31 @@ pub(super) fn encode_table(bat: (u64, u32), metadata: (u64, u32)) -> Vec<u8> {
     table
 }
 
+/// The valid table, with another place and length for the region `guid`.
+pub(super) fn table_with_region(
+    storage: &dyn Storage,
+    guid: Guid,
+    offset: u64,
+    len: u32,
+) -> Result<Vec<u8>, ImageError> {
+    let [first, second] = read_tables(storage)?;
+    let mut table = first.or(second).map_err(|reason| {
+        let stop: Stop = Corruption::NoValidRegionTable { first: reason, second: reason }.into();
+        ImageError::from(stop)
+    })?;
+    for index in 0..u32_at(&table, 8) as usize {
+        let at = 16 + index * 32;
+        if Guid(bytes_at(&table, at)) == guid {
+            put(&mut table, at + 16, &offset.to_le_bytes());
+            put(&mut table, at + 24, &len.to_le_bytes());
+        }
+    }
+    put(&mut table, 4, &[0; 4]);
+    let sum = checksum(&table);
+    put(&mut table, 4, &sum.to_le_bytes());
+    Ok(table)
+}
+
 /// Copies the valid table over the other one. `true` when there was something to mend.
 pub(super) fn repair_tables(storage: &dyn Storage) -> Result<bool, ImageError> {
     let (good, offset) = match read_tables(storage)? {

@@ -36,7 +36,7 @@ impl Space {
         self.end
     }
 
-    fn is_used(&self, unit: u64) -> bool {
+    pub(super) fn is_used(&self, unit: u64) -> bool {
         self.used.get((unit / 64) as usize).is_some_and(|word| word >> (unit % 64) & 1 == 1)
     }
 
