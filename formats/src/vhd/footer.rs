@@ -80,13 +80,42 @@ impl Footer {
         put(&mut raw, 56, &chs(size));
         put(&mut raw, 60, &(disk_type as u32).to_be_bytes());
         put(&mut raw, 68, Uuid::new_v4().as_bytes());
+        Self::sealed(raw)
+    }
+
+    pub(super) fn bytes(&self) -> &[u8; FOOTER_LEN as usize] {
+        &self.raw
+    }
+
+    /// The footer of the same disk with another current size, and the geometry that goes with it.
+    pub(super) fn with_size(&self, size: u64) -> Self {
+        let mut raw = self.raw;
+        let geometry = chs(size);
+        put(&mut raw, 48, &size.to_be_bytes());
+        put(&mut raw, 56, &geometry);
+        // QEMU takes the size of what these have made from the geometry, which is seldom exact.
+        if matches!(&self.creator(), b"vpc " | b"qemu") && chs_size(geometry) != size {
+            put(&mut raw, 28, CREATOR);
+        }
+        Self::sealed(raw)
+    }
+
+    /// The footer of the same disk whose dynamic header is at `offset`.
+    pub(super) fn with_data_offset(&self, offset: u64) -> Self {
+        let mut raw = self.raw;
+        put(&mut raw, 16, &offset.to_be_bytes());
+        Self::sealed(raw)
+    }
+
+    fn sealed(mut raw: [u8; FOOTER_LEN as usize]) -> Self {
         let sum = checksum(&raw, CHECKSUM_AT);
         put(&mut raw, CHECKSUM_AT, &sum.to_be_bytes());
         Self { raw }
     }
 
-    pub(super) fn bytes(&self) -> &[u8; FOOTER_LEN as usize] {
-        &self.raw
+    /// Cylinders (16 bits), heads, sectors per track.
+    pub(super) fn geometry(&self) -> [u8; 4] {
+        [self.raw[56], self.raw[57], self.raw[58], self.raw[59]]
     }
 
     pub(super) fn features(&self) -> u32 {
@@ -159,7 +188,7 @@ pub(super) fn checksum(bytes: &[u8], field_at: usize) -> u32 {
 
 /// The geometry that is closest below `size` bytes (specification, appendix "CHS Calculation"): cylinders (16 bits),
 /// heads, sectors per track.
-fn chs(size: u64) -> [u8; 4] {
+pub(super) fn chs(size: u64) -> [u8; 4] {
     const MAX_CYLINDERS: u64 = 65535;
     let total = (size / 512).min(MAX_CYLINDERS * 16 * 255);
     let (sectors, heads, tracks);
@@ -181,6 +210,11 @@ fn chs(size: u64) -> [u8; 4] {
     }
     let [.., high, low] = (tracks / heads).to_be_bytes();
     [high, low, heads as u8, sectors as u8]
+}
+
+/// The bytes that a geometry can address.
+pub(super) fn chs_size([high, low, heads, sectors]: [u8; 4]) -> u64 {
+    u64::from(u16::from_be_bytes([high, low])) * u64::from(heads) * u64::from(sectors) * 512
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use super::{Corruption, MAX_BLOCK_SIZE, MAX_TABLE_ENTRIES};
 
 /// Length of the header in bytes.
 pub(super) const HEADER_LEN: u64 = 1024;
-const COOKIE: &[u8; 8] = b"cxsparse";
+pub(super) const COOKIE: &[u8; 8] = b"cxsparse";
 /// Where its checksum is.
 pub(super) const CHECKSUM_AT: usize = 36;
 

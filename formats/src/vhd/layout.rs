@@ -2,6 +2,7 @@
 
 use crate::{ErrorKind, ImageError, ParentPath, Storage};
 
+use super::batmap::Batmap;
 use super::corruption::Fault;
 use super::footer::{DiskType, FOOTER_LEN, Footer};
 use super::grow::PAGE;
@@ -206,10 +207,10 @@ impl Body {
 
 /// A range of the file that blocks must keep off.
 #[derive(Debug, Clone, Copy)]
-struct Structure {
-    name: &'static str,
-    offset: u64,
-    end: u64,
+pub(super) struct Structure {
+    pub(super) name: &'static str,
+    pub(super) offset: u64,
+    pub(super) end: u64,
 }
 
 /// Reads and validates what follows the footer. `faults` gets the broken rules of the block table, so that a check can
@@ -278,7 +279,7 @@ fn read_header(storage: &dyn Storage, offset: u64, limit: u64) -> Result<Header,
     Ok(Header::parse(&raw, offset)?)
 }
 
-fn locator_range(locator: &Locator, limit: u64) -> Result<Structure, Corruption> {
+pub(super) fn locator_range(locator: &Locator, limit: u64) -> Result<Structure, Corruption> {
     let Locator { index, len, offset, .. } = *locator;
     if len > MAX_LOCATOR_LEN {
         return Err(Corruption::LocatorTooLong { index, len, max: MAX_LOCATOR_LEN });
@@ -292,7 +293,7 @@ fn locator_range(locator: &Locator, limit: u64) -> Result<Structure, Corruption>
     }
 }
 
-fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<u32>, Fault> {
+pub(super) fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<u32>, Fault> {
     const CHUNK: usize = 1 << 20;
     let total = header.table_entries as usize * 4;
     let mut table = Vec::with_capacity(header.table_entries as usize);
@@ -312,7 +313,7 @@ fn read_table(storage: &dyn Storage, header: &Header) -> Result<Vec<u32>, Fault>
 
 /// Checks that every block is inside the file and overlaps neither a structure nor another block. Returns the end of
 /// the last one.
-fn validate_blocks(
+pub(super) fn validate_blocks(
     table: &[u32],
     shape: &Shape,
     structures: &[Structure],
@@ -355,6 +356,8 @@ pub(super) fn first_free(storage: &dyn Storage, body: &Body, limit: u64) -> Resu
     /// How much is read before all of the space is taken for occupied.
     const BUDGET: u64 = 4 << 20;
     let base = body.structures_end.max(body.blocks_end);
+    let map_end = Batmap::find(storage, &body.header, limit)?.map_or(0, |map| map.end());
+    let base = base.max(map_end);
     if body.blocks_end != 0 {
         return Ok(base);
     }

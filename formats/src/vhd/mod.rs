@@ -20,8 +20,10 @@
 //! **Bitmaps** of dynamic disks are not looked at when reading, as everywhere in practice; blocks that are written get
 //! bitmaps of ones, so that readers which do look find the same content.
 
+mod batmap;
 mod bytes;
 mod check;
+mod compact;
 mod corruption;
 mod create;
 mod differencing;
@@ -31,6 +33,9 @@ mod grow;
 mod header;
 mod layout;
 mod locator;
+mod offline;
+mod relink;
+mod resize;
 mod table;
 
 use std::sync::Arc;
@@ -44,8 +49,11 @@ use crate::{
 };
 
 pub use check::check;
+pub use compact::compact;
 pub use corruption::Corruption;
 pub use create::{CreateParams, create};
+pub use relink::relink;
+pub use resize::resize;
 
 use differencing::Differencing;
 use dynamic::Dynamic;

@@ -1,0 +1,242 @@
+//! Changing the size of a closed disk.
+//!
+//! ```text
+//!   fixed, growing     footer (old size) to the new end │ zeroes up to there │ footer (new size) in its place │ cut
+//!   fixed, shrinking   footer (new size) in its place │ the same right behind the content │ cut
+//!   dynamic, growing   zeroes behind the end of the disk in its last block │ entries that say "absent":
+//!                      unused ones of the table, or a longer table (in place, or a new one at the end of the
+//!                      file, and the header's first sector pointed to it) │ copy │ footer
+//!   dynamic, shrinking entries beyond the new end "absent" │ copy │ footer
+//! ```
+//!
+//! Each `│` is a sync, and what is on its left changes nothing of the content, so a crash leaves the old size or the new
+//! one, and doing it again completes it.
+//!
+//! What comes with growing reads as zeroes. In a differencing disk it is what the parent has there, which is zeroes beyond
+//! the parent's end; the tail of such a disk is only cut where it has no sector of its own, not even one of zeroes, so
+//! growing it again shows what was there before.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::{ErrorKind, ImageError, Storage};
+
+use super::footer::DiskType;
+use super::grow::PAGE;
+use super::layout::ABSENT;
+use super::offline::{Blocks, Closed, bad_size, clear_entries, first_nonzero, first_set};
+use super::{Corruption, MAX_TABLE_ENTRIES, MAX_VIRTUAL_SIZE, SECTOR};
+
+/// Makes a disk that nobody uses `new_size` bytes large: a multiple of 512 up to [`MAX_VIRTUAL_SIZE`]. What is added reads as
+/// zeroes (in a differencing disk as its parent, which has zeroes beyond its end). With `shrink` the disk may become
+/// smaller, if what is cut off holds no data: only zeroes, and of a differencing disk no sector of its own.
+///
+/// A crash leaves the old size or the new one. The file itself does not become smaller by more than a fixed disk does:
+/// see [`super::compact()`].
+///
+/// # Errors
+/// [`ErrorKind::InvalidParameter`] for a size that cannot be, or that would cut off data (it names the first offset of
+/// such), [`ErrorKind::Corrupt`], [`ErrorKind::NeedsRepair`], [`ErrorKind::Unsupported`] where a virtual machine was suspended
+/// with the disk, [`ErrorKind::NoSpace`], [`ErrorKind::Io`].
+pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result<(), ImageError> {
+    if new_size == 0 || !new_size.is_multiple_of(SECTOR) {
+        return Err(invalid(format!(
+            "the new size {new_size} must be a multiple of {SECTOR} from {SECTOR} to {MAX_VIRTUAL_SIZE} (2040 GiB)"
+        )));
+    }
+    if new_size > MAX_VIRTUAL_SIZE {
+        return Err(bad_size(&Corruption::SizeTooLarge { size: new_size }));
+    }
+    let (mut disk, blocks) = Closed::open(&**storage)?;
+    let smaller = new_size < disk.size;
+    if smaller && !shrink {
+        return Err(invalid(format!(
+            "the disk has {} bytes and would become smaller, {new_size} bytes: that has to be asked for (--shrink), after \
+             the guest's file systems were made smaller",
+            disk.size
+        )));
+    }
+    match &blocks {
+        Some(_) if new_size == disk.size && !disk.is_copy_stale() => Ok(()),
+        None if new_size == disk.size => disk.cut(new_size),
+        None if smaller => shrink_fixed(&mut disk, new_size),
+        None => grow_fixed(&mut disk, new_size),
+        Some(blocks) if smaller => shrink_blocks(&mut disk, blocks, new_size),
+        Some(blocks) => grow_blocks(&mut disk, blocks, new_size),
+    }
+}
+
+fn grow_fixed(disk: &mut Closed<'_>, new_size: u64) -> Result<(), ImageError> {
+    disk.make_room(new_size)?;
+    // What lies between the old size and the footer was never the guest's: the old footer, or what others left there.
+    if first_nonzero(disk.storage, disk.size..new_size)?.is_some() {
+        disk.punch(disk.size..new_size)?;
+        disk.sync()?;
+    }
+    disk.set_footer(disk.footer.with_size(new_size))?;
+    disk.cut(new_size)
+}
+
+fn shrink_fixed(disk: &mut Closed<'_>, new_size: u64) -> Result<(), ImageError> {
+    if let Some(data) = first_nonzero(disk.storage, new_size..disk.size)? {
+        return Err(in_use(new_size, data));
+    }
+    disk.set_footer(disk.footer.with_size(new_size))?;
+    disk.cut(new_size)
+}
+
+fn grow_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<(), ImageError> {
+    let block_size = blocks.body.shape.block_size;
+    let needed = new_size.div_ceil(block_size);
+    let entries = u32::try_from(needed).ok().filter(|&n| n <= MAX_TABLE_ENTRIES).ok_or_else(|| {
+        invalid(format!(
+            "a disk of {new_size} bytes has {needed} blocks of {block_size} bytes, and at most {MAX_TABLE_ENTRIES} are \
+             allowed; convert the image to one with larger blocks, or to VHDX"
+        ))
+    })?;
+    clear_tail(disk, blocks)?;
+    if entries > blocks.body.header.table_entries {
+        lengthen_table(disk, blocks, entries)?;
+    } else if blocks.body.surplus > 0 {
+        clear_entries(disk, blocks, blocks.body.shape.blocks)?;
+        disk.sync()?;
+    }
+    disk.set_footer(disk.footer.with_size(new_size))
+}
+
+/// Zeroes what the last block has behind the end of the disk, which growing would show.
+fn clear_tail(disk: &Closed<'_>, blocks: &Blocks) -> Result<(), ImageError> {
+    let shape = &blocks.body.shape;
+    let within = disk.size % shape.block_size;
+    let last = blocks.body.table[shape.blocks as usize - 1];
+    if within == 0 || last == ABSENT {
+        return Ok(());
+    }
+    let data = shape.data_at(last);
+    let tail = data + within..data + shape.block_size;
+    if first_nonzero(disk.storage, tail.clone())?.is_some() {
+        disk.punch(tail)?;
+        disk.sync()?;
+    }
+    Ok(())
+}
+
+/// Makes the table `entries` long: where it is, if nothing is in the way, or else at the end of the file.
+fn lengthen_table(disk: &mut Closed<'_>, blocks: &Blocks, entries: u32) -> Result<(), ImageError> {
+    let offset = blocks.body.header.table_offset;
+    let old_end = table_end(offset, blocks.body.header.table_entries);
+    let new_end = table_end(offset, entries);
+    let used_end = disk.used_end(blocks)?;
+    if used_end <= old_end {
+        disk.make_room(new_end)?;
+    } else if !is_free(disk, blocks, old_end..new_end)? {
+        return move_table(disk, blocks, entries, used_end);
+    }
+    // Entries behind the last block may hold anything, as may the padding: from that block's sector on all is written.
+    let known = blocks.body.shape.blocks as usize / 128 * 128;
+    write_table(disk, &blocks.body.table[known..], offset + known as u64 * 4, new_end)?;
+    disk.sync()?;
+    disk.set_table(offset, entries)
+}
+
+/// Whether nothing is in `range`, not even what nobody knows.
+fn is_free(disk: &Closed<'_>, blocks: &Blocks, range: Range<u64>) -> Result<bool, ImageError> {
+    let meets = |other: &Range<u64>| other.start < range.end && range.start < other.end;
+    let len = blocks.body.shape.block_len();
+    let at = |entry| u64::from(entry) * SECTOR;
+    Ok(range.end <= disk.at
+        && !disk.structures(blocks).iter().any(meets)
+        && !blocks.placed().any(|(_, entry)| meets(&(at(entry)..at(entry) + len)))
+        && first_nonzero(disk.storage, range.clone())?.is_none())
+}
+
+/// Writes a longer table, with blktap's map if there is one, at the end of the file, and points the header to it.
+fn move_table(disk: &mut Closed<'_>, blocks: &Blocks, entries: u32, used_end: u64) -> Result<(), ImageError> {
+    let offset = used_end.next_multiple_of(PAGE);
+    let end = table_end(offset, entries);
+    let map = blocks.batmap.as_ref().map(|map| map.moved(end, entries)).unwrap_or_default();
+    disk.make_room(end + map.len() as u64)?;
+    write_table(disk, &blocks.body.table, offset, end)?;
+    if !map.is_empty() {
+        disk.write(&map, end)?;
+    }
+    disk.sync()?;
+    disk.set_table(offset, entries)?;
+    let header = &blocks.body.header;
+    disk.punch(header.table_offset..table_end(header.table_offset, header.table_entries))?;
+    if let Some(map) = &blocks.batmap {
+        disk.punch(map.header_at..map.header_at + SECTOR)?;
+        disk.punch(map.map_at..map.end())?;
+    }
+    Ok(())
+}
+
+/// The end of a table, its padding included.
+fn table_end(offset: u64, entries: u32) -> u64 {
+    (offset + 4 * u64::from(entries)).next_multiple_of(SECTOR)
+}
+
+/// Writes `table` at `offset`, and entries without a place from there to `end`.
+fn write_table(disk: &Closed<'_>, table: &[u32], offset: u64, end: u64) -> Result<(), ImageError> {
+    const CHUNK: u64 = 1 << 20;
+    let mut at = offset;
+    while at < end {
+        let len = (end - at).min(CHUNK);
+        let first = (at - offset) / 4;
+        let entry = |n: u64| table.get(n as usize).copied().unwrap_or(ABSENT);
+        let bytes: Vec<u8> = (first..first + len / 4).flat_map(|n| entry(n).to_be_bytes()).collect();
+        disk.write(&bytes, at)?;
+        at += len;
+    }
+    Ok(())
+}
+
+fn shrink_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<(), ImageError> {
+    let block_size = blocks.body.shape.block_size;
+    let first_gone = new_size.div_ceil(block_size);
+    for (block, entry) in blocks.placed().filter(|&(block, _)| (block + 1) * block_size > new_size) {
+        let from = new_size.saturating_sub(block * block_size);
+        if let Some(within) = first_data(disk, blocks, block, entry, from)? {
+            return Err(in_use(new_size, block * block_size + within));
+        }
+    }
+    let gone: Vec<u32> = blocks.placed().filter(|&(block, _)| block >= first_gone).map(|(_, e)| e).collect();
+    clear_entries(disk, blocks, first_gone)?;
+    disk.sync()?;
+    disk.set_footer(disk.footer.with_size(new_size))?;
+    for entry in gone {
+        let at = u64::from(entry) * SECTOR;
+        disk.punch(at..at + blocks.body.shape.block_len())?;
+    }
+    Ok(())
+}
+
+/// Where in a block, from `from` on and before the end of the disk, there is anything to lose: a byte that is not zero,
+/// or, in a differencing disk, a sector that hides the parent's.
+fn first_data(
+    disk: &Closed<'_>,
+    blocks: &Blocks,
+    block: u64,
+    entry: u32,
+    from: u64,
+) -> Result<Option<u64>, ImageError> {
+    let sectors = blocks.sectors_of(block);
+    if disk.disk_type == DiskType::Differencing {
+        let bitmap = blocks.bitmap(disk.storage, entry)?;
+        return Ok(first_set(&bitmap, from / SECTOR, sectors).map(|sector| sector * SECTOR));
+    }
+    let data = blocks.body.shape.data_at(entry);
+    let found = first_nonzero(disk.storage, data + from..data + sectors * SECTOR)?;
+    Ok(found.map(|at| at - data))
+}
+
+fn in_use(new_size: u64, data: u64) -> ImageError {
+    invalid(format!(
+        "the disk cannot be made {new_size} bytes large: there is data at {data}; make the guest's file systems and \
+         partitions smaller first, and have the guest discard what it freed"
+    ))
+}
+
+fn invalid(message: String) -> ImageError {
+    ImageError::new(ErrorKind::InvalidParameter, format!("VHD: {message}"))
+}
