@@ -89,6 +89,7 @@ pub(crate) fn create_options(
             Format::Vhdx => geometry.logical_sector_size,
             Format::Vhd | Format::Raw => 512,
         },
+        parent: None,
     })
 }
 

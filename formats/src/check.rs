@@ -1,12 +1,13 @@
 //! Checking images by path, and what a check reports, in the words that every format shares.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::open::{at, choose_format, lock_for, open_file};
-use crate::{FileStorage, Format, OpenError, dispatch};
+use crate::parents::{Child, FileId, Gate};
+use crate::{FileStorage, Format, ImageError, ImageType, LayerOptions, OpenError, dispatch};
 
 /// How bad a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -67,4 +68,58 @@ pub fn check(path: impl AsRef<Path>, format: Option<Format>, repair: bool) -> Re
     lock_for(path, &file, !repair)?;
     let format = choose_format(path, &file, format)?;
     dispatch::check(format, Arc::new(FileStorage::new(file)), repair).map_err(|e| at(path, e))
+}
+
+/// [`check`] of an image, and then of the parents that it is read from, which are looked for in `parents` (see
+/// [`OpenOptions::parents`](crate::OpenOptions::parents)). Parents are never repaired here. One that is not found is
+/// damage: `chain-parent`.
+///
+/// # Errors
+/// As [`check`]; when something that was named is not there.
+pub fn check_with_parents(
+    path: impl AsRef<Path>,
+    format: Option<Format>,
+    repair: bool,
+    parents: &[PathBuf],
+) -> Result<CheckReport, OpenError> {
+    let path = path.as_ref();
+    let mut gate = Gate::new(parents, true)?;
+    let mut report = check(path, format, repair)?;
+    let file = open_file(path, true)?;
+    let format = choose_format(path, &file, format)?;
+    if format == Format::Raw || !report.is_sound() {
+        return Ok(report);
+    }
+    lock_for(path, &file, true)?;
+    let id = FileId::of(&file).map_err(|e| at(path, ImageError::io("looking at the file", e)))?;
+    let options = LayerOptions { read_only: true, ..LayerOptions::default() };
+    let image =
+        dispatch::open_layer(format, Arc::new(FileStorage::new(file)), &options).map_err(|e| at(path, e))?;
+    if image.image_type() != ImageType::Differencing {
+        return Ok(report);
+    }
+    let walk = gate.walk(Child { path, image: &*image, file: id });
+    for parent in &walk.parents {
+        let found =
+            dispatch::check(format, parent.storage.clone(), false).map_err(|e| at(&parent.path, e))?;
+        report.findings.extend(found.findings.into_iter().map(|finding| Finding {
+            structure: format!("parent {}: {}", parent.path.display(), finding.structure),
+            // Only a check of the parent itself mends it.
+            repairable: false,
+            repair: None,
+            ..finding
+        }));
+    }
+    report.findings.extend(walk.missing.map(|missing| Finding {
+        code: "chain-parent".into(),
+        severity: Severity::Damage,
+        structure: format!("parent of {}", missing.child.display()),
+        offset: None,
+        message: format!("the chain ends here before its base: {}", missing.reason),
+        repairable: false,
+        repair: None,
+        repaired: false,
+    }));
+    report.findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    Ok(report)
 }

@@ -2,27 +2,37 @@
 
 use std::sync::Arc;
 
-use crate::raw::{self, Raw};
+use crate::raw;
 use crate::vhd::{self, Vhd};
 use crate::vhdx::{self, Vhdx};
-use crate::{CheckReport, CreateOptions, ErrorKind, Format, Image, ImageError, ImageType, Storage};
+use crate::{
+    CheckReport, CompactOutcome, CreateOptions, ErrorKind, Format, ImageError, ImageType, Layer,
+    LayerOptions, NewParentLink, Storage,
+};
 
-/// Opens what is in `storage`.
-pub(crate) fn open(
+/// Opens what is in `storage` by itself, as one layer; a raw image is none.
+pub(crate) fn open_layer(
     format: Format,
     storage: Arc<dyn Storage>,
-    read_only: bool,
-    recover: bool,
-) -> Result<Arc<dyn Image>, ImageError> {
+    options: &LayerOptions,
+) -> Result<Arc<dyn Layer>, ImageError> {
     Ok(match format {
-        Format::Raw => Arc::new(Raw::open(storage, read_only)?),
-        Format::Vhd => Arc::new(Vhd::open(storage, read_only, recover)?),
-        Format::Vhdx => Arc::new(Vhdx::open(storage, read_only)?),
+        Format::Raw => {
+            let message = "a raw image has no parent and is none: convert it to VHDX or VHD";
+            return Err(ImageError::new(ErrorKind::Unsupported, message));
+        }
+        Format::Vhd => Arc::new(Vhd::open_layer(storage, options)?),
+        Format::Vhdx => Arc::new(Vhdx::open_layer(storage, options)?),
     })
 }
 
-/// Makes an image in an empty `storage`.
-pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(), ImageError> {
+/// Makes an image in an empty `storage`, on `parent` if it is to have one.
+pub(crate) fn create(
+    storage: &dyn Storage,
+    options: &CreateOptions,
+    physical_sector_size: u32,
+    parent: Option<NewParentLink>,
+) -> Result<(), ImageError> {
     if options.format != Format::Vhdx && options.logical_sector_size != 512 {
         return Err(ImageError::new(
             ErrorKind::InvalidParameter,
@@ -40,7 +50,7 @@ pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(
                 image_type: options.image_type,
                 virtual_size: options.virtual_size,
                 block_size: options.block_size,
-                parent: None,
+                parent,
             },
         ),
         Format::Vhdx => vhdx::create(
@@ -50,9 +60,9 @@ pub(crate) fn create(storage: &dyn Storage, options: &CreateOptions) -> Result<(
                 virtual_size: options.virtual_size,
                 block_size: options.block_size,
                 logical_sector_size: options.logical_sector_size,
-                physical_sector_size: 4096,
+                physical_sector_size,
                 log_size: None,
-                parent: None,
+                parent,
             },
         ),
     }
@@ -79,5 +89,45 @@ pub(crate) fn check(
         Format::Raw => raw::check(&*storage),
         Format::Vhd => vhd::check(&*storage, repair),
         Format::Vhdx => vhdx::check(storage, repair),
+    }
+}
+
+/// Changes the size of the disk in `storage`.
+pub(crate) fn resize(
+    format: Format,
+    storage: &Arc<dyn Storage>,
+    new_size: u64,
+    shrink: bool,
+) -> Result<(), ImageError> {
+    match format {
+        Format::Raw => raw::resize(&**storage, new_size, shrink),
+        Format::Vhd => vhd::resize(storage, new_size, shrink),
+        Format::Vhdx => vhdx::resize(storage, new_size, shrink),
+    }
+}
+
+/// Gives back the space that the image in `storage` wastes.
+pub(crate) fn compact(
+    format: Format,
+    storage: &Arc<dyn Storage>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<CompactOutcome, ImageError> {
+    match format {
+        Format::Raw => raw::compact(&**storage, progress),
+        Format::Vhd => vhd::compact(storage, progress),
+        Format::Vhdx => vhdx::compact(storage, progress),
+    }
+}
+
+/// Has the differencing image in `storage` name another parent.
+pub(crate) fn relink(
+    format: Format,
+    storage: &Arc<dyn Storage>,
+    link: &NewParentLink,
+) -> Result<(), ImageError> {
+    match format {
+        Format::Raw => Err(ImageError::new(ErrorKind::InvalidParameter, "a raw image has no parent")),
+        Format::Vhd => vhd::relink(&**storage, link),
+        Format::Vhdx => vhdx::relink(storage, link),
     }
 }

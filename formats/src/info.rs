@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::lock::is_held_exclusively;
 use crate::open::{at, choose_format, incomplete_move, open_file};
+use crate::parents::{Child, FileId, Gate};
 use crate::raw::Raw;
 use crate::vhd::{self, VhdInfo, VhdState};
 use crate::vhdx::{self, VhdxInfo};
-use crate::{FileStorage, Format, Image, ImageError, ImageType, OpenError, Storage};
+use crate::{FileStorage, Format, Image, ImageError, ImageType, LayerOptions, OpenError, Storage, dispatch};
 
 /// Whether an image was closed in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,10 +58,76 @@ pub struct ImageInfo {
     pub state: ImageState,
     /// Name and paths of a differencing image's parent, as the image has them. Never opened.
     pub parent_paths: Vec<String>,
+    /// The parents that were found in what was named (see [`info_with_parents`]), the nearest first, and last the one that
+    /// was not.
+    #[serde(default)]
+    pub parents: Vec<ParentInfo>,
     /// Whether somebody has it open for writing right now, so that the rest may be out of date.
     pub in_use: bool,
     /// The job whose unfinished target it is.
     pub incomplete_move: Option<String>,
+}
+
+/// One parent of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ParentInfo {
+    /// Its path; `None` of one that was not found.
+    pub path: Option<String>,
+    /// Its id, by which its child knows it.
+    pub id: Option<String>,
+    /// Its type; `None` of one that was not found.
+    #[serde(rename = "type")]
+    pub image_type: Option<ImageType>,
+    /// Size of its disk; `None` of one that was not found.
+    pub virtual_size: Option<u64>,
+    /// Whether it was found, is sound, and is the right one.
+    pub found: bool,
+    /// Why it was not found: what was tried, and what was wrong with that.
+    pub reason: Option<String>,
+}
+
+/// [`info`], with the parents that are found in `parents`: folders and files, as in
+/// [`OpenOptions::parents`](crate::OpenOptions::parents). That one is missing is told in the result, and no error.
+///
+/// # Errors
+/// As [`info`]; when something that was named is not there.
+pub fn info_with_parents(
+    path: impl AsRef<Path>,
+    format: Option<Format>,
+    parents: &[PathBuf],
+) -> Result<ImageInfo, OpenError> {
+    let path = path.as_ref();
+    let mut info = info(path, format)?;
+    let mut gate = Gate::new(parents, false)?;
+    if info.image_type == ImageType::Differencing && !parents.is_empty() {
+        let file = open_file(path, true)?;
+        let id = FileId::of(&file).map_err(|e| at(path, ImageError::io("looking at the file", e)))?;
+        let options = LayerOptions { read_only: true, ..LayerOptions::default() };
+        let image = dispatch::open_layer(info.format, Arc::new(FileStorage::new(file)), &options)
+            .map_err(|e| at(path, e))?;
+        let walk = gate.walk(Child { path, image: &*image, file: id });
+        info.parents = walk
+            .parents
+            .iter()
+            .map(|parent| ParentInfo {
+                path: Some(parent.path.display().to_string()),
+                id: Some(parent.content_id.to_string()),
+                image_type: Some(parent.image.image_type()),
+                virtual_size: Some(parent.image.geometry().virtual_size),
+                found: true,
+                reason: None,
+            })
+            .collect();
+        info.parents.extend(walk.missing.map(|missing| ParentInfo {
+            path: None,
+            id: missing.id.map(|id| id.to_string()),
+            image_type: None,
+            virtual_size: None,
+            found: false,
+            reason: Some(missing.reason),
+        }));
+    }
+    Ok(info)
 }
 
 /// Looks at the image at `path`, in the format said or that of its name (see [`crate::open()`]). Takes no lock,
@@ -115,6 +182,7 @@ fn of_raw(storage: Arc<dyn Storage>, file: FileFacts) -> Result<ImageInfo, Image
         creator: None,
         state: ImageState::Clean,
         parent_paths: Vec::new(),
+        parents: Vec::new(),
         in_use: false,
         incomplete_move: None,
     })
@@ -142,6 +210,7 @@ fn of_vhd(vhd: VhdInfo, file: FileFacts) -> ImageInfo {
             VhdState::CopyDiffers | VhdState::FooterMissing => ImageState::NeedsRepair,
         },
         parent_paths: vhd.parent_paths,
+        parents: Vec::new(),
         in_use: false,
         incomplete_move: None,
     }
@@ -168,6 +237,7 @@ fn of_vhdx(storage: Arc<dyn Storage>, file: FileFacts) -> Result<ImageInfo, Imag
         creator: Some(facts.creator),
         state: if facts.was_dirty { ImageState::DirtyLog } else { ImageState::Clean },
         parent_paths,
+        parents: Vec::new(),
         in_use: false,
         incomplete_move: None,
     })

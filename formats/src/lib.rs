@@ -13,6 +13,7 @@
 //! This room must not know guest memory, rings, runtimes or sockets.
 #![forbid(unsafe_code)]
 
+mod beneath;
 mod chain;
 mod check;
 mod copy;
@@ -24,28 +25,32 @@ mod image;
 mod info;
 mod link;
 mod lock;
+mod notes_dir;
 mod open;
 mod own;
+mod parents;
 pub mod raw;
+mod rebase;
 mod resize;
 mod storage;
 pub mod vhd;
 pub mod vhdx;
 
 pub use chain::{CHAIN_MAX, Chain, Layer};
-pub use check::{CheckReport, Finding, Severity, check};
+pub use check::{CheckReport, Finding, Severity, check, check_with_parents};
 pub use copy::{
     Comparison, CopyError, CopyOutcome, CopyProgress, compare, copy, copy_layer, read_payload, write_payload,
     zero_payload,
 };
-pub use create::{CreateOptions, create};
+pub use create::{CreateOptions, create, link_to_parent};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};
 pub use image::{
     AllocState, ByteSpan, Extent, FileIndex, Format, Geometry, Image, ImageType, Piece, Pieces, Place,
     SyncToken, ZeroMode,
 };
-pub use info::{ImageInfo, ImageState, info};
+pub use info::{ImageInfo, ImageState, ParentInfo, info, info_with_parents};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
-pub use resize::CompactOutcome;
+pub use rebase::{RebaseOptions, Rebased, rebase};
+pub use resize::{CompactOutcome, compact, resize};
 pub use storage::{FileStorage, Storage};

@@ -1,17 +1,22 @@
 //! Opening images by path: which file, which format, whose it is.
 
-use std::fs::{File, OpenOptions as FileOptions};
+use std::fs::{File, FileType, OpenOptions as FileOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
+use uuid::Uuid;
 
-use crate::dispatch;
 use crate::lock::{Lock, LockError, lock};
-use crate::{ErrorKind, FileStorage, Format, Image, ImageError, OpenError};
+use crate::parents::{Child, FileId, Gate, Parent};
+use crate::raw::Raw;
+use crate::{
+    Chain, ErrorKind, FileStorage, Format, Image, ImageError, ImageType, Layer, LayerOptions, OpenError,
+    dispatch, notes_dir,
+};
 
 /// How to open an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,14 +28,31 @@ pub struct OpenOptions {
     /// Mend what a power cut may have done to a VHD's footer, instead of refusing to write to it. An explicit word of the
     /// operator, or of software that knows the image to be its own dynamic disk.
     pub recover: bool,
-    /// Lock the file against other openers: exclusively for writing, shared for reading.
+    /// Lock the file against other openers: exclusively for writing, shared for reading. Its parents too, shared.
     pub lock: bool,
+    /// Folders and files in which the parents of a differencing image may be found; without any, it cannot be opened.
+    /// What an image says of its parent is looked for nowhere else.
+    pub parents: Vec<PathBuf>,
+    /// The folder in which a differencing image that is written to notes the sectors that are not durable yet
+    /// ([`LayerOptions::notes`]); created when it is not there. It must be the same for each opening of the image on a
+    /// running system, and belongs to this kind of files alone: those of earlier boots are removed.
+    pub notes_dir: Option<PathBuf>,
+    /// The id that the content gets with the first change (VHDX), see [`LayerOptions::next_content_id`].
+    pub next_content_id: Option<Uuid>,
 }
 
 impl Default for OpenOptions {
     /// For writing, with a lock, format by name, no recovery.
     fn default() -> Self {
-        Self { format: None, read_only: false, recover: false, lock: true }
+        Self {
+            format: None,
+            read_only: false,
+            recover: false,
+            lock: true,
+            parents: Vec::new(),
+            notes_dir: None,
+            next_content_id: None,
+        }
     }
 }
 
@@ -41,15 +63,17 @@ impl OpenOptions {
     }
 }
 
-/// Opens the image at `path`, and holds its lock for as long as the image lives.
+/// Opens the image at `path`, and holds its lock for as long as the image lives. A differencing image is opened together
+/// with its parents, which are looked for in [`OpenOptions::parents`] only, as a [`Chain`].
 ///
 /// The format is that of the options, else the one of the name's extension: `.vhdx`, `.avhdx`, `.vhd`, `.avhd`, `.raw`,
 /// `.img` (an unfinished move's `.incomplete-JOB` is left aside). A file of another name is raw if it bears no signature
 /// of another format; with one, the caller has to say, because a guest can write any signature to a raw disk.
 ///
 /// # Errors
-/// [`ErrorKind::Locked`] when somebody else holds it open, [`ErrorKind::WrongFormat`] when the format is to be said,
-/// [`ErrorKind::Unsupported`] for what is not a regular file, [`ErrorKind::Io`] when the system refuses, and whatever
+/// [`ErrorKind::Locked`] when somebody else holds it, or a parent, open; [`ErrorKind::WrongFormat`] when the format is to
+/// be said; [`ErrorKind::Unsupported`] for what is not a regular file; [`ErrorKind::Parent`] when a parent is not among
+/// what was named, or not the one that the image was made on; [`ErrorKind::Io`] when the system refuses; and whatever
 /// the format's own opening says.
 pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Image>, OpenError> {
     let path = path.as_ref();
@@ -58,8 +82,68 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Ima
         lock_for(path, &file, options.read_only)?;
     }
     let format = choose_format(path, &file, options.format)?;
-    let storage = Arc::new(FileStorage::new(file));
-    dispatch::open(format, storage, options.read_only, options.recover).map_err(|e| at(path, e))
+    if format == Format::Raw {
+        let raw = Raw::open(Arc::new(FileStorage::new(file)), options.read_only);
+        return Ok(Arc::new(raw.map_err(|e| at(path, e))?));
+    }
+    // Before anything is written to the image: what was named may not be there.
+    let mut gate = Gate::new(&options.parents, options.lock)?;
+    let id = FileId::of(&file).map_err(|e| refused(path, options.read_only, e))?;
+    let layer = open_layer(path, format, file, id, options)?;
+    if layer.image_type() != ImageType::Differencing {
+        return Ok(layer);
+    }
+    let walk = gate.walk(Child { path, image: &*layer, file: id });
+    if let Some(missing) = walk.missing {
+        return Err(missing.into());
+    }
+    if let Some(parent) = walk.parents.iter().find(|p| !options.read_only && has_payload_in_log(p)) {
+        return Err(log_in_the_way(parent));
+    }
+    let parents = walk.parents.into_iter().map(|parent| parent.image).collect();
+    Ok(Arc::new(Chain::new(layer, parents).map_err(|e| at(path, e))?))
+}
+
+/// Opens what is in `file` by itself, with notes if it is a differencing image that is to be written to.
+fn open_layer(
+    path: &Path,
+    format: Format,
+    file: File,
+    id: FileId,
+    options: &OpenOptions,
+) -> Result<Arc<dyn Layer>, OpenError> {
+    let notes = match &options.notes_dir {
+        Some(dir) if !options.read_only => Some(notes_dir::open(dir, id)?),
+        _ => None,
+    };
+    let layer_options = LayerOptions {
+        read_only: options.read_only,
+        recover: options.recover,
+        next_content_id: options.next_content_id,
+        notes: notes.as_ref().map(|notes| notes.file.clone()),
+    };
+    let layer = dispatch::open_layer(format, Arc::new(FileStorage::new(file)), &layer_options)
+        .map_err(|e| at(path, e))?;
+    if let Some(notes) = notes.filter(|_| layer.image_type() != ImageType::Differencing) {
+        notes.remove();
+    }
+    Ok(layer)
+}
+
+/// Whether a log that is replayed in memory has content in it, which nobody can then read from the file itself.
+fn has_payload_in_log(parent: &Parent) -> bool {
+    parent.image.files().iter().any(|storage| storage.file().is_none())
+}
+
+fn log_in_the_way(parent: &Parent) -> OpenError {
+    let message = "the log of this parent holds changes of its content, so that it cannot be served from the file as it \
+                   is; have them applied with `blockctl image check --repair`";
+    OpenError {
+        path: parent.path.clone(),
+        kind: ErrorKind::NeedsRepair,
+        message: message.into(),
+        source: None,
+    }
 }
 
 /// The format that a file's name stands for, if any.
@@ -97,25 +181,35 @@ pub(crate) fn open_file(path: &Path, read_only: bool) -> Result<File, OpenError>
         .open(path)
         .map_err(|e| refused(path, read_only, e))?;
     let kind = file.metadata().map_err(|e| refused(path, read_only, e))?.file_type();
-    if !kind.is_file() {
-        let what = if kind.is_dir() {
-            "a directory"
-        } else if kind.is_block_device() {
-            "a block device"
-        } else {
-            "no regular file"
-        };
+    if let Some(what) = no_regular_file(kind) {
         let message = format!("this is {what}, and images are served from regular files only");
         return Err(OpenError { path: path.to_owned(), kind: ErrorKind::Unsupported, message, source: None });
     }
-    // It was only to keep the opening of a FIFO from waiting; on the payload's ring it would mean something else.
-    let flags = fcntl(&file, FcntlArg::F_GETFL).map_err(|e| refused(path, read_only, e.into()))?;
-    let flags = OFlag::from_bits_retain(flags) & !OFlag::O_NONBLOCK;
-    fcntl(&file, FcntlArg::F_SETFL(flags)).map_err(|e| refused(path, read_only, e.into()))?;
+    without_nonblock(&file).map_err(|e| refused(path, read_only, e))?;
     Ok(file)
 }
 
-fn refused(path: &Path, read_only: bool, e: io::Error) -> OpenError {
+/// What a file is that is no regular one.
+pub(crate) fn no_regular_file(kind: FileType) -> Option<&'static str> {
+    match () {
+        () if kind.is_file() => None,
+        () if kind.is_dir() => Some("a directory"),
+        () if kind.is_block_device() => Some("a block device"),
+        () if kind.is_char_device() => Some("a character device"),
+        () if kind.is_fifo() => Some("a FIFO"),
+        () => Some("no regular file"),
+    }
+}
+
+/// Takes `O_NONBLOCK` off again. It was only to keep the opening of a FIFO from waiting; on the payload's ring it would
+/// mean something else.
+pub(crate) fn without_nonblock(file: &File) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?) & !OFlag::O_NONBLOCK;
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
+}
+
+pub(crate) fn refused(path: &Path, read_only: bool, e: io::Error) -> OpenError {
     let how = if read_only { "reading" } else { "writing" };
     let hint = match e.kind() {
         io::ErrorKind::NotFound => "; check the path",

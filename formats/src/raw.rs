@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use crate::flat::Flat;
 use crate::{
-    ByteSpan, CheckReport, ErrorKind, Extent, Finding, Format, Geometry, Image, ImageError, ImageType,
-    Pieces, Severity, Storage, SyncToken, ZeroMode,
+    ByteSpan, CheckReport, CompactOutcome, ErrorKind, Extent, Finding, Format, Geometry, Image, ImageError,
+    ImageType, Pieces, Severity, Storage, SyncToken, ZeroMode,
 };
 
 /// The unit in which the size of a writable raw image is counted, in bytes.
@@ -54,6 +54,98 @@ pub fn create(storage: &dyn Storage, virtual_size: u64) -> Result<(), ImageError
     }
     storage.set_len(virtual_size).map_err(|e| ImageError::io("cannot extend the file", e))?;
     storage.sync().map_err(|e| ImageError::io("cannot sync the image", e))
+}
+
+/// Changes the size of the disk, durably.
+///
+/// # Errors
+/// [`ErrorKind::InvalidParameter`] for a size that a raw image cannot have, for a smaller one unless `shrink`, and when
+/// anything but zeroes would be cut off; what the file says.
+pub fn resize(storage: &dyn Storage, new_size: u64, shrink: bool) -> Result<(), ImageError> {
+    let size = size_of(storage)?;
+    if new_size < size && !shrink {
+        return Err(ImageError::new(
+            ErrorKind::InvalidParameter,
+            format!("raw image: {new_size} bytes are less than the {size} that it has; --shrink allows that"),
+        ));
+    }
+    if let Some(at) = first_data(storage, new_size, size)? {
+        return Err(ImageError::new(
+            ErrorKind::InvalidParameter,
+            format!(
+                "raw image: cut to {new_size} bytes it would lose what is there at {at}; zero or move it first"
+            ),
+        ));
+    }
+    create(storage, new_size)
+}
+
+/// Makes holes where the content is zeroes: each run of [`HOLE`] bytes that is. The file keeps its length.
+///
+/// # Errors
+/// What the file says.
+pub fn compact(
+    storage: &dyn Storage,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<CompactOutcome, ImageError> {
+    let size = size_of(storage)?;
+    let mut freed_bytes = 0;
+    for_each_run(storage, 0, size, &mut |offset, bytes| {
+        if bytes.iter().all(|b| *b == 0) {
+            let len = bytes.len() as u64;
+            storage
+                .punch(offset, len)
+                .map_err(|e| ImageError::io(format!("making a hole at {offset}"), e))?;
+            freed_bytes += len;
+        }
+        progress(offset + bytes.len() as u64, size);
+        Ok(true)
+    })?;
+    storage.sync().map_err(|e| ImageError::io("cannot sync the image", e))?;
+    progress(size, size);
+    Ok(CompactOutcome { freed_bytes, moved_bytes: 0 })
+}
+
+/// The grain of holes, in bytes.
+const HOLE: u64 = 64 << 10;
+
+/// Calls `each` with what the file holds from `start` to `end` and is no hole, at most [`HOLE`] bytes at a time, until it
+/// answers `false`.
+fn for_each_run(
+    storage: &dyn Storage,
+    start: u64,
+    end: u64,
+    each: &mut dyn FnMut(u64, &[u8]) -> Result<bool, ImageError>,
+) -> Result<(), ImageError> {
+    let mut buffer = vec![0; HOLE as usize];
+    let mut offset = start;
+    while offset < end {
+        let found = storage
+            .next_data(offset)
+            .map_err(|e| ImageError::io(format!("looking for holes of the file at {offset}"), e))?;
+        let Some((data, _)) = found.filter(|(data, _)| *data < end) else { break };
+        offset = data.max(offset);
+        let len = (HOLE - offset % HOLE).min(end - offset);
+        let run = &mut buffer[..len as usize];
+        storage
+            .read_at(run, offset)
+            .map_err(|e| ImageError::io(format!("reading {len} bytes at {offset}"), e))?;
+        if !each(offset, run)? {
+            break;
+        }
+        offset += len;
+    }
+    Ok(())
+}
+
+/// The first byte from `start` to `end` that is not zero.
+fn first_data(storage: &dyn Storage, start: u64, end: u64) -> Result<Option<u64>, ImageError> {
+    let mut found = None;
+    for_each_run(storage, start, end, &mut |offset, bytes| {
+        found = bytes.iter().position(|b| *b != 0).map(|at| offset + at as u64);
+        Ok(found.is_none())
+    })?;
+    Ok(found)
 }
 
 /// Looks at what a raw image can have wrong: its size.

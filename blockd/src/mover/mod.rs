@@ -168,6 +168,7 @@ fn make_target(plan: &MovePlan, disk: &Disk) -> Result<Arc<ImageHandle>, DiskErr
         virtual_size: geometry.virtual_size,
         block_size: plan.block_size,
         logical_sector_size: geometry.logical_sector_size,
+        parent: None,
     };
     formats::create(&temporary, &options).map_err(create_error)?;
     let how = OpenImage { format: Some(plan.format), ..OpenImage::default() };
