@@ -21,6 +21,10 @@ const WAYS: usize = 8;
 
 type Words = [AtomicU64; 64];
 
+/// With its share of the set, and what an allocator adds.
+const BYTES_OF_A_PAGE: usize = size_of::<Words>() + size_of::<Set>() / WAYS + 16;
+const _: () = assert!(super::PAGES_MAX * BYTES_OF_A_PAGE <= 11 << 20, "what the documentation says");
+
 /// The pages that are in memory.
 #[derive(Debug)]
 pub(super) struct PageCache {
@@ -113,7 +117,8 @@ impl PageCache {
         for (word, bits) in words.iter().zip(bits) {
             word.store(*bits, Ordering::Relaxed);
         }
-        set.used[way].store(true, Ordering::Relaxed);
+        // Not before it is read again does it count more than a page that comes after it.
+        set.used[way].store(false, Ordering::Relaxed);
         set.versions[way].store(version + 2, Ordering::Release);
     }
 
@@ -153,5 +158,87 @@ impl Set {
             }
         }
         usize::from(*hand)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A page's bits that tell which page it is.
+    fn bits_of(page: u64) -> PageBits {
+        std::array::from_fn(|i| page << 8 | i as u64)
+    }
+
+    #[test]
+    fn a_page_that_is_given_up_is_read_no_more() {
+        let (cache, mut writer) = PageCache::new(100, WAYS);
+        for page in 0..WAYS as u64 {
+            cache.put(&mut writer, page, &bits_of(page));
+        }
+        let found: Vec<_> = (0..WAYS as u64).filter_map(|page| cache.find(page)).collect();
+        assert!((0..WAYS).all(|page| found[page].word(5) == Some(bits_of(page as u64)[5])));
+        cache.put(&mut writer, 50, &bits_of(50));
+        let gone: Vec<_> = (0..WAYS).filter(|page| found[*page].word(5).is_none()).collect();
+        assert_eq!(gone.len(), 1, "one makes room");
+        assert!(cache.find(gone[0] as u64).is_none() && cache.get(&writer, gone[0] as u64).is_none());
+        assert_eq!(cache.get(&writer, 50), Some(bits_of(50)));
+    }
+
+    #[test]
+    fn pages_that_are_read_again_and_again_stay() {
+        let (cache, mut writer) = PageCache::new(1000, WAYS);
+        cache.put(&mut writer, 3, &bits_of(3));
+        for page in 100..200 {
+            assert!(cache.find(3).is_some(), "before page {page}");
+            cache.put(&mut writer, page, &bits_of(page));
+        }
+    }
+
+    #[test]
+    fn every_page_of_a_small_disk_has_its_place() {
+        let (cache, mut writer) = PageCache::new(21, 1 << 20);
+        assert_eq!(cache.sets.len(), 3);
+        (0..21).for_each(|page| cache.put(&mut writer, page, &bits_of(page)));
+        assert!((0..21).all(|page| cache.find(page).is_some()));
+    }
+
+    #[test]
+    fn readers_never_see_a_word_of_another_page() {
+        let (cache, mut writer) = PageCache::new(64, WAYS);
+        let (cache, start) = (&cache, std::time::Instant::now());
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let readers = [0, 1, 2].map(|first| {
+                let ended = &ended;
+                scope.spawn(move || {
+                    let (mut page, mut seen, mut lost) = (first, 0u64, 0u64);
+                    while !ended.load(Ordering::Relaxed) {
+                        page = (page + 7) % 64;
+                        let Some(found) = cache.find(page) else { continue };
+                        for index in [0, 17, 63] {
+                            match found.word(index) {
+                                Some(word) => assert_eq!(word, page << 8 | index as u64),
+                                None => lost += 1,
+                            }
+                            seen += 1;
+                        }
+                    }
+                    (seen, lost)
+                })
+            });
+            let mut page = 0;
+            while start.elapsed() < std::time::Duration::from_millis(700) {
+                page = (page * 5 + 1) % 64;
+                if cache.get(&writer, page).is_none() {
+                    cache.put(&mut writer, page, &bits_of(page));
+                }
+            }
+            ended.store(true, Ordering::Relaxed);
+            for (seen, lost) in readers.map(|reader| reader.join().expect("a reader found nothing wrong")) {
+                println!("{seen} words seen, {lost} lost");
+                assert!(seen > 1000);
+            }
+        });
     }
 }

@@ -25,9 +25,9 @@
 //! written under the same lock, before the bits are seen: so what a reader has seen is not lost with the process, and notes
 //! have the order of the changes. (The file system takes one writer of a file at a time anyway.)
 //!
-//! **Memory**, with [`PAGES_MAX`] pages: 11.5 MiB of pages (562 bytes each) and at most 3 MiB of pending ranges; less for disks
-//! that have fewer pages. With sectors of 512 bytes a page is 2 MiB of the disk, so 40 GiB of it are in memory at a time.
-#![allow(dead_code)]
+//! **Memory**, with [`PAGES_MAX`] pages: 10.6 MiB of pages (568 bytes each) and at most 3 MiB of pending ranges (5 MiB after a
+//! recovery); less for disks that have fewer pages. With sectors of 512 bytes a page is 2 MiB of the disk, so 38 GiB of it are
+//! in memory at a time.
 
 mod cache;
 mod notes;
@@ -54,12 +54,12 @@ pub(crate) type PageBits = [u64; 64];
 pub(crate) type Load<'a> = &'a dyn Fn(u64, &mut PageBits) -> Result<(), ImageError>;
 
 /// How many pages to keep of a disk of any size, see the module's documentation.
-pub(crate) const PAGES_MAX: usize = 20 << 10;
+pub(crate) const PAGES_MAX: usize = 19 << 10;
 /// The most ranges that may be pending: what they take as notes is half of a side, so that changing sides pays off.
 const PENDING_MAX: usize = 1 << 16;
 const _: () = assert!(PENDING_MAX as u64 * 2 <= notes::RECORDS_MAX);
-/// The lock is given up in between, since writes wait for it.
-const RECORDED_AT_ONCE: usize = 256;
+/// How many ranges are dealt with before the lock is given up for a moment, since writes wait for it.
+const RANGES_AT_ONCE: usize = 256;
 /// No disk has more sectors (the largest VHDX has 64 TiB), so page numbers can be calculated with freely.
 const SECTORS_MAX: u64 = 1 << 40;
 
@@ -80,7 +80,6 @@ pub(crate) enum Wrote {
 #[derive(Debug)]
 pub(crate) struct OwnSectors {
     sectors: u64,
-    recovered: Vec<Range<u64>>,
     cache: PageCache,
     state: Mutex<State>,
     signs: Signs,
@@ -141,16 +140,16 @@ impl OwnSectors {
         });
         let notes = notes.transpose()?;
         let (cache, writer) = PageCache::new(sectors.div_ceil(PAGE_SECTORS), pages_max);
-        let recovered = pending.all();
         let state = State { writer, pending, notes, loads: Vec::new(), next_load: 0 };
         let signs = Signs::default();
         signs.show(&state);
-        Ok(Self { sectors, recovered, cache, state: Mutex::new(state), signs })
+        Ok(Self { sectors, cache, state: Mutex::new(state), signs })
     }
 
-    /// The sectors that a killed process had noted; they are own, and pending.
+    /// The sectors that a killed process had noted: sorted, disjoint, own, and pending. To be asked for before anything else,
+    /// since whatever is pending is given.
     pub(crate) fn recovered(&self) -> Vec<Range<u64>> {
-        self.recovered.clone()
+        self.state().pending.all()
     }
 
     /// Calls `each` with the runs of `count` sectors from `first` on: their length, and whether they are own.
@@ -243,18 +242,25 @@ impl OwnSectors {
     /// What was written before the sync of `token`, which has ended, began: sorted, disjoint, and to be recorded. And what was
     /// given back.
     pub(crate) fn take(&self, token: u64) -> Vec<Range<u64>> {
+        self.take_some(token, usize::MAX)
+    }
+
+    /// The first of what [`Self::take`] gives: about `ranges_max` ranges (joined where they touch), so that a codec that records
+    /// a part at a time needs not give back the rest. To be called again until nothing comes.
+    pub(crate) fn take_some(&self, token: u64, ranges_max: usize) -> Vec<Range<u64>> {
+        assert!(ranges_max > 0, "to take nothing would look like the end");
         if !self.signs.waiting.load(Ordering::Acquire) {
             return Vec::new();
         }
         let mut state = self.state();
-        let taken = state.pending.take(token);
+        let taken = state.pending.take(token, ranges_max);
         self.signs.show(&state);
         taken
     }
 
     /// The metadata has these now, and is with the kernel.
     pub(crate) fn recorded(&self, ranges: &[Range<u64>]) {
-        for some in ranges.chunks(RECORDED_AT_ONCE) {
+        for some in ranges.chunks(RANGES_AT_ONCE) {
             let state = &mut *self.state();
             for range in some {
                 state.pending.remove(range);
@@ -269,11 +275,11 @@ impl OwnSectors {
 
     /// These could not be recorded. Their payload stays durable, so the next [`Self::take`] has them, whatever its token.
     pub(crate) fn give_back(&self, ranges: &[Range<u64>]) {
-        let mut state = self.state();
-        for range in ranges {
-            state.pending.give_back(range);
+        for some in ranges.chunks(RANGES_AT_ONCE) {
+            let mut state = self.state();
+            some.iter().for_each(|range| state.pending.give_back(range));
+            self.signs.show(&state);
         }
-        self.signs.show(&state);
     }
 
     /// These are not own any longer, nor pending.

@@ -251,7 +251,9 @@ impl Notes {
             return None;
         }
         if bytes[32..48] != self.image || u64_at(bytes, 48) != self.sectors {
-            tracing::warn!("the notes are about another image; they are ignored");
+            tracing::debug!(
+                "the notes are about another image, or an earlier session of it; they are ignored"
+            );
             return None;
         }
         let sequence = u64_at(bytes, 56);

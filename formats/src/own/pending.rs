@@ -112,21 +112,23 @@ impl Pending {
         self.round += 1;
     }
 
-    /// What came before the sync of `token` began. A token that is not known took nothing along.
-    pub(super) fn take(&mut self, token: u64) -> Vec<Range<u64>> {
-        let cut = self.cuts.remove(&token).unwrap_or(DURABLE);
-        // The syncs that began earlier have nothing left to take.
-        self.cuts.retain(|_, other| *other > cut);
+    /// What came before the sync of `token` began, `ranges_max` of it at the most: then there may be more. A token that is not
+    /// known took nothing along.
+    pub(super) fn take(&mut self, token: u64, ranges_max: usize) -> Vec<Range<u64>> {
+        let cut = self.cuts.get(&token).copied().unwrap_or(DURABLE);
+        let takes = |(_, (_, round)): &(&u64, &(u64, u64))| *round <= cut;
+        let found = self.waiting.map.iter().filter(takes).take(ranges_max);
+        let found: Vec<Range<u64>> = found.map(|(start, (end, _))| *start..*end).collect();
+        if found.len() < ranges_max {
+            // It has nothing left to take, and neither have the syncs that began earlier.
+            self.cuts.retain(|_, other| *other > cut);
+        }
         let mut list = Vec::new();
-        let taken = &mut self.taken;
-        self.waiting.map.retain(|start, (end, round)| {
-            let takes = *round <= cut;
-            if takes {
-                taken.insert(*start..*end, DURABLE);
-                append(&mut list, *start..*end);
-            }
-            !takes
-        });
+        for range in found {
+            self.waiting.map.remove(&range.start);
+            self.taken.insert(range.clone(), DURABLE);
+            append(&mut list, range);
+        }
         list
     }
 
