@@ -38,7 +38,7 @@ pub fn compact(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CompactOutcome, ImageError> {
     let storage = &**storage;
-    let (mut disk, blocks) = Closed::open(storage)?;
+    let (mut disk, blocks) = Closed::open_tidy(storage)?;
     let old_len = disk.file_len;
     let mut work = Work { done: 0, total: 0, progress };
     let Some(mut blocks) = blocks else {

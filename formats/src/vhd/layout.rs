@@ -103,7 +103,7 @@ fn no_footer(storage: &dyn Storage, file_len: u64) -> Result<Corruption, Fault> 
 }
 
 /// The footer in the last 512 bytes, or in the last 511 where the file's size says that it may be so short.
-fn end_footer(storage: &dyn Storage, file_len: u64) -> Result<Option<(Footer, u64)>, Fault> {
+pub(super) fn end_footer(storage: &dyn Storage, file_len: u64) -> Result<Option<(Footer, u64)>, Fault> {
     let short = file_len % SECTOR == SECTOR - 1;
     for len in [FOOTER_LEN, FOOTER_LEN - 1] {
         if len < FOOTER_LEN && !short {
@@ -265,7 +265,7 @@ pub(super) fn read_body(
     Ok(Body { header, shape, table, structures_end, blocks_end, surplus, parent_paths })
 }
 
-fn read_header(storage: &dyn Storage, offset: u64, limit: u64) -> Result<Header, Fault> {
+pub(super) fn read_header(storage: &dyn Storage, offset: u64, limit: u64) -> Result<Header, Fault> {
     if !offset.is_multiple_of(SECTOR) {
         return Err(Corruption::HeaderUnaligned { offset }.into());
     }

@@ -23,6 +23,8 @@
 mod batmap;
 mod bytes;
 mod check;
+mod check_blocks;
+mod check_header;
 mod compact;
 mod corruption;
 mod create;

@@ -81,6 +81,19 @@ impl<'a> Closed<'a> {
         Ok((disk, body.map(|body| Blocks { body, batmap })))
     }
 
+    /// As [`Self::open`], and sees to it that no entry behind the disk's last one claims a block.
+    pub(super) fn open_tidy(storage: &'a dyn Storage) -> Result<(Self, Option<Blocks>), ImageError> {
+        let (disk, blocks) = Self::open(storage)?;
+        match &blocks {
+            Some(b) if b.body.surplus > 0 => {
+                clear_entries(&disk, b, b.body.shape.blocks)?;
+                disk.sync()?;
+                Self::open(storage)
+            }
+            _ => Ok((disk, blocks)),
+        }
+    }
+
     /// Whether the footer's copy differs from it.
     pub(super) fn is_copy_stale(&self) -> bool {
         self.copy_stale

@@ -31,7 +31,7 @@ use super::offline::{Blocks, Closed, first_nonzero};
 /// [`ErrorKind::InvalidParameter`] for a disk that has no parent and for paths that a VHD cannot say; else as
 /// [`super::resize()`].
 pub fn relink(storage: &dyn Storage, link: &NewParentLink) -> Result<(), ImageError> {
-    let (mut disk, blocks) = Closed::open(storage)?;
+    let (mut disk, blocks) = Closed::open_tidy(storage)?;
     let blocks = blocks.filter(|_| disk.disk_type == DiskType::Differencing).ok_or_else(|| {
         ImageError::new(
             ErrorKind::InvalidParameter,

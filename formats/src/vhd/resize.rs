@@ -6,7 +6,7 @@
 //!   dynamic, growing   zeroes behind the end of the disk in its last block │ entries that say "absent":
 //!                      unused ones of the table, or a longer table (in place, or a new one at the end of the
 //!                      file, and the header's first sector pointed to it) │ copy │ footer
-//!   dynamic, shrinking entries beyond the new end "absent" │ copy │ footer
+//!   dynamic, shrinking entries beyond the new end "absent" │ copy │ footer │ cut
 //! ```
 //!
 //! Each `│` is a sync, and what is on its left changes nothing of the content, so a crash leaves the old size or the new
@@ -31,8 +31,8 @@ use super::{Corruption, MAX_TABLE_ENTRIES, MAX_VIRTUAL_SIZE, SECTOR};
 /// zeroes (in a differencing disk as its parent, which has zeroes beyond its end). With `shrink` the disk may become
 /// smaller, if what is cut off holds no data: only zeroes, and of a differencing disk no sector of its own.
 ///
-/// A crash leaves the old size or the new one. The file itself does not become smaller by more than a fixed disk does:
-/// see [`super::compact()`].
+/// A crash leaves the old size or the new one. What blocks that are cut off took up in the middle of the file is given back
+/// by [`super::compact()`].
 ///
 /// # Errors
 /// [`ErrorKind::InvalidParameter`] for a size that cannot be, or that would cut off data (it names the first offset of
@@ -207,6 +207,9 @@ fn shrink_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Resul
     for entry in gone {
         let at = u64::from(entry) * SECTOR;
         disk.punch(at..at + blocks.body.shape.block_len())?;
+    }
+    if let (mut disk, Some(blocks)) = Closed::open(disk.storage)? {
+        disk.cut(disk.used_end(&blocks)?)?;
     }
     Ok(())
 }
