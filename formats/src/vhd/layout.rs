@@ -185,7 +185,7 @@ pub(super) struct Body {
     pub(super) shape: Shape,
     /// The entries of the disk's blocks.
     pub(super) table: Vec<u32>,
-    /// End of the structures at the file's start.
+    /// End of the structures at the file's start, and of the space that is reserved for them.
     pub(super) structures_end: u64,
     /// End of the last block, 0 where there is none.
     pub(super) blocks_end: u64,
@@ -261,7 +261,8 @@ pub(super) fn read_body(
     let blocks_end = validate_blocks(&table, &shape, &structures, limit, faults);
     let surplus = table[shape.blocks as usize..].iter().filter(|&&e| e != ABSENT).count() as u64;
     table.truncate(shape.blocks as usize);
-    let structures_end = structures.iter().map(|s| s.end).max().unwrap_or(0);
+    let reserved = locators.iter().map(|l| l.reserved_end(limit));
+    let structures_end = structures.iter().map(|s| s.end).chain(reserved).max().unwrap_or(0);
     Ok(Body { header, shape, table, structures_end, blocks_end, surplus, parent_paths })
 }
 

@@ -14,12 +14,12 @@ use uuid::Uuid;
 
 use crate::{ErrorKind, ImageError, NewParentLink, ParentLink, ParentPath, ParentPathKind, Storage};
 
-use super::Corruption;
 use super::bytes::{put, u32_at, u64_at};
 use super::corruption::Fault;
 use super::footer::checksum;
 use super::grow::PAGE;
 use super::header::{CHECKSUM_AT, HEADER_LEN, Header};
+use super::{Corruption, SECTOR};
 
 /// How many locators a header has.
 const LOCATOR_COUNT: usize = 8;
@@ -42,9 +42,10 @@ pub(super) struct Locator {
     pub(super) index: usize,
     /// Platform code, such as `W2ru`.
     pub(super) code: [u8; 4],
-    /// Length of the path in bytes. (The space reserved for it is given in bytes by some writers and in sectors by
-    /// others, so it is not looked at.)
+    /// Length of the path in bytes.
     pub(super) len: u32,
+    /// The space that is reserved for it, in bytes by some writers and in sectors by others.
+    space: u32,
     /// Where the path is in the file.
     pub(super) offset: u64,
 }
@@ -58,7 +59,22 @@ impl Locator {
     fn parse(raw: &RawHeader, index: usize) -> Option<Self> {
         let entry = &raw[LOCATORS_AT + LOCATOR_LEN * index..][..LOCATOR_LEN];
         let code = [entry[0], entry[1], entry[2], entry[3]];
-        (code != [0; 4]).then(|| Self { index, code, len: u32_at(entry, 8), offset: u64_at(entry, 16) })
+        (code != [0; 4]).then(|| Self {
+            index,
+            code,
+            len: u32_at(entry, 8),
+            space: u32_at(entry, 4),
+            offset: u64_at(entry, 16),
+        })
+    }
+
+    /// Where the space ends that whoever wrote the locator may use for a longer path: new blocks keep off it. Numbers below
+    /// 512 are sectors. What leaves the file (`limit`) is not believed.
+    pub(super) fn reserved_end(&self, limit: u64) -> u64 {
+        let space = u64::from(self.space);
+        let space = if space < SECTOR { space * SECTOR } else { space };
+        let end = self.offset.saturating_add(u64::from(self.len).max(space));
+        if end <= limit { end } else { 0 }
     }
 
     /// Whether it is a path of Windows in UTF-16, relative or absolute.
@@ -267,6 +283,15 @@ mod tests {
         assert_eq!(header.parent_name, "ü.vhd");
         let seen: Vec<_> = header.locators.iter().map(|l| (l.code, l.len, l.offset)).collect();
         assert_eq!(seen, [(*b"W2ku", 16, 0x1000), (*b"W2ru", 14, 0x3000)]);
+    }
+
+    #[test]
+    fn reserved_space_is_told_from_sectors_and_bounded_by_the_file() {
+        let ends = [8, 4096, 0, 0x8000].map(|space| {
+            let locator = Locator { index: 0, code: *b"W2ru", len: 16, space, offset: 0x1000 };
+            locator.reserved_end(0x4000)
+        });
+        assert_eq!(ends, [0x2000, 0x2000, 0x1010, 0]);
     }
 
     #[test]
