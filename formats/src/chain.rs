@@ -147,6 +147,11 @@ impl Chain {
         Ok(Some(found))
     }
 
+    /// Whether the parents of the top read as zeroes in all of `at`, as far as the maps tell. It may lie beyond their ends.
+    pub(crate) fn is_zero_below(&self, at: ByteSpan) -> Result<bool, ImageError> {
+        self.is_zero(1, at)
+    }
+
     /// Whether the layers from `level` on read as zeroes in all of `at`, as far as the maps tell.
     fn is_zero(&self, level: usize, at: ByteSpan) -> Result<bool, ImageError> {
         let (mut offset, end) = (at.offset, at.offset + at.len);

@@ -52,5 +52,5 @@ pub use info::{ImageInfo, ImageState, ParentInfo, info, info_with_parents};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use rebase::{RebaseOptions, Rebased, rebase};
-pub use resize::{CompactOutcome, compact, resize};
+pub use resize::{CompactOutcome, compact, resize, resize_with_parents};
 pub use storage::{FileStorage, Storage};

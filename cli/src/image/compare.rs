@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{FormatName, open};
+use super::{FormatName, Parents, open};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::guarded;
 use crate::render::{self, Screen};
@@ -28,13 +28,16 @@ pub(crate) struct CompareArgs {
     /// Format of B [default: from its name]
     #[arg(long, value_name = "FORMAT")]
     format_b: Option<FormatName>,
+    #[command(flatten)]
+    parents: Parents,
 }
 
 /// `blockctl image compare`
 pub(crate) async fn run(args: CompareArgs, screen: Screen) -> Result<Exit, Failure> {
     let [a, b] = [&args.a, &args.b].map(|path| path.display().to_string());
     let comparison = guarded(move |cancel| {
-        let (a, b) = (open(&args.a, args.format_a)?, open(&args.b, args.format_b)?);
+        let (a, b) =
+            (open(&args.a, args.format_a, &args.parents)?, open(&args.b, args.format_b, &args.parents)?);
         let bar = screen.bar(a.geometry().virtual_size.max(b.geometry().virtual_size));
         bar.set_prefix("comparing");
         let (a, b) = (Side { image: &*a, path: &args.a }, Side { image: &*b, path: &args.b });

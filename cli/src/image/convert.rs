@@ -1,4 +1,4 @@
-//! `image convert`: the same disk in another format, as sparse as before.
+//! `image convert`: the same disk in another format, as sparse as before. A chain becomes one image.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -7,18 +7,19 @@ use clap::Args;
 use formats::{CreateOptions, Format, ImageType, format_by_name};
 use serde::Serialize;
 
-use super::{FormatName, Layout, open, type_for};
+use super::{FormatName, Layout, Parents, open, type_for};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::{Cancel, guarded};
 use crate::render::{self, Screen};
 use crate::transfer::{self, Side, Unfinished};
 use crate::units::parse_nonzero_size;
 
-/// Copy an image into another format; what is empty stays empty
+/// Copy an image into another format; what is empty stays empty, and a differencing image becomes one with its parents
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   blockctl image convert disk.vhdx disk.vhd
-  blockctl image convert disk.bin disk.vhdx --from-format raw --block-size 1M")]
+  blockctl image convert disk.bin disk.vhdx --from-format raw --block-size 1M
+  blockctl image convert child.vhdx whole.vhdx --parents /srv/base")]
 pub(crate) struct ConvertArgs {
     /// The image to copy
     source: PathBuf,
@@ -32,6 +33,8 @@ pub(crate) struct ConvertArgs {
     size: Option<u64>,
     #[command(flatten)]
     layout: Layout,
+    #[command(flatten)]
+    parents: Parents,
 }
 
 /// What was done, as `--json` prints it.
@@ -69,7 +72,7 @@ pub(crate) async fn run(args: ConvertArgs, screen: Screen) -> Result<Exit, Failu
 
 fn convert(args: &ConvertArgs, cancel: &Cancel, screen: Screen) -> Result<Converted, Failure> {
     let started = Instant::now();
-    let source = open(&args.source, args.from_format)?;
+    let source = open(&args.source, args.from_format, &args.parents)?;
     let geometry = source.geometry();
     let size = args.size.unwrap_or(geometry.virtual_size);
     if size < geometry.virtual_size {
@@ -83,6 +86,10 @@ fn convert(args: &ConvertArgs, cancel: &Cancel, screen: Screen) -> Result<Conver
     let asked = args.layout.format.map(Format::from);
     let format = asked.or_else(|| format_by_name(&args.target)).unwrap_or(Format::Vhdx);
     let image_type = type_for(format, args.layout.image_type.map(Into::into))?;
+    if image_type == ImageType::Differencing {
+        let message = "converting makes one whole image, which has no parent; leave --type differencing away";
+        return Err(Failure::usage(message));
+    }
     let options = CreateOptions {
         format,
         image_type,
@@ -93,6 +100,7 @@ fn convert(args: &ConvertArgs, cancel: &Cancel, screen: Screen) -> Result<Conver
             Format::Vhdx => geometry.logical_sector_size,
             Format::Vhd | Format::Raw => 512,
         }),
+        parent: None,
     };
     let unfinished = Unfinished::create(&args.target, &transfer::new_job(), &options)?;
     let bar = screen.bar(geometry.virtual_size);

@@ -6,16 +6,20 @@ use clap::Args;
 use formats::{AllocState, CheckReport, Finding, Format, ImageInfo, ImageState, Severity};
 use serde::Serialize;
 
-use super::{Existing, open};
+use super::{Existing, Parents, open};
 use crate::failure::{Exit, Failure};
 use crate::render::{self, Facts, Screen, Table};
 
 /// Show what an image is
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  blockctl image info disk.vhdx")]
+#[command(after_help = "Examples:
+  blockctl image info disk.vhdx
+  blockctl image info child.vhdx --parents /srv/base")]
 pub(crate) struct InfoArgs {
     #[command(flatten)]
     image: Existing,
+    #[command(flatten)]
+    parents: Parents,
 }
 
 /// Look for damage
@@ -23,14 +27,17 @@ pub(crate) struct InfoArgs {
 #[command(after_help = "Examples:
   blockctl image check disk.vhdx
   blockctl image check disk.vhdx --repair
+  blockctl image check child.vhdx --parents /srv/base
 
-Ends with 0 when the image is sound and with 4 when it is damaged.")]
+With --parents, the parents are checked too. Ends with 0 when the image is sound and with 4 when it is damaged.")]
 pub(crate) struct CheckArgs {
     #[command(flatten)]
     image: Existing,
-    /// Mend what can be mended without guessing
+    /// Mend what can be mended without guessing; parents are left as they are
     #[arg(long)]
     repair: bool,
+    #[command(flatten)]
+    parents: Parents,
 }
 
 /// Show which ranges are allocated, zero or absent
@@ -39,11 +46,14 @@ pub(crate) struct CheckArgs {
 pub(crate) struct MapArgs {
     #[command(flatten)]
     image: Existing,
+    #[command(flatten)]
+    parents: Parents,
 }
 
 /// `blockctl image info`
 pub(crate) fn info(args: &InfoArgs, screen: Screen) -> Result<Exit, Failure> {
-    let info = formats::info(&args.image.path, args.image.format.map(Format::from))?;
+    let format = args.image.format.map(Format::from);
+    let info = formats::info_with_parents(&args.image.path, format, &args.parents.parents)?;
     screen.show(&info, |info| render_info(&args.image, info))?;
     Ok(Exit::Done)
 }
@@ -74,11 +84,26 @@ fn render_info(image: &Existing, info: &ImageInfo) -> String {
         .add("state", state)
         .add("open for writing", in_use)
         .add("creator", info.creator.clone().unwrap_or_default())
-        .add("parent", info.parent_paths.join(", "));
+        .add("parent", info.parent_paths.iter().map(|path| shown_text(path)).collect::<Vec<_>>().join(", "));
+    for parent in &info.parents {
+        let id = parent.id.as_deref().unwrap_or("no id");
+        facts.add(
+            "found",
+            match (&parent.path, &parent.reason) {
+                (Some(path), _) => format!("{path} ({id})"),
+                (None, reason) => format!("NOT: {id}: {}", reason.as_deref().unwrap_or("no reason is known")),
+            },
+        );
+    }
     for (name, id) in &info.ids {
         facts.add(&name.replace('_', " "), id);
     }
     facts.render()
+}
+
+/// A text of an image, with nothing in it that acts on a terminal.
+fn shown_text(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
 }
 
 /// What a check found, as `--json` prints it.
@@ -91,7 +116,11 @@ struct Checked<'a> {
 
 /// `blockctl image check`
 pub(crate) fn check(args: &CheckArgs, screen: Screen) -> Result<Exit, Failure> {
-    let report = formats::check(&args.image.path, args.image.format.map(Format::from), args.repair)?;
+    let (path, format) = (&args.image.path, args.image.format.map(Format::from));
+    let report = match &args.parents.parents[..] {
+        [] => formats::check(path, format, args.repair)?,
+        parents => formats::check_with_parents(path, format, args.repair, parents)?,
+    };
     let path = args.image.path.display().to_string();
     let shown = Checked { path, sound: report.is_sound(), findings: &report.findings };
     screen.show(&shown, |shown| render_check(&shown.path, &report))?;
@@ -140,7 +169,7 @@ struct MappedExtent {
 
 /// `blockctl image map`
 pub(crate) fn map(args: &MapArgs, screen: Screen) -> Result<Exit, Failure> {
-    let image = open(&args.image.path, args.image.format)?;
+    let image = open(&args.image.path, args.image.format, &args.parents)?;
     let mut extents: Vec<MappedExtent> = Vec::new();
     let mut offset = 0;
     while let Some(extent) = image.next_extent(offset)? {

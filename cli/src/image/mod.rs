@@ -1,9 +1,12 @@
 //! `image`: work on images that no daemon serves.
 
+mod compact;
 mod compare;
 mod convert;
 mod create;
 mod inspect;
+mod rebase;
+mod resize;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +26,9 @@ pub(crate) enum Command {
     Map(inspect::MapArgs),
     Compare(compare::CompareArgs),
     Convert(convert::ConvertArgs),
+    Resize(resize::ResizeArgs),
+    Compact(compact::CompactArgs),
+    Rebase(rebase::RebaseArgs),
 }
 
 /// `blockctl image ...`
@@ -34,6 +40,9 @@ pub(crate) async fn run(command: Command, screen: Screen) -> Result<Exit, Failur
         Command::Map(args) => inspect::map(&args, screen),
         Command::Compare(args) => compare::run(args, screen).await,
         Command::Convert(args) => convert::run(args, screen).await,
+        Command::Resize(args) => resize::run(args, screen).await,
+        Command::Compact(args) => compact::run(args, screen).await,
+        Command::Rebase(args) => rebase::run(args, screen).await,
     }
 }
 
@@ -62,6 +71,7 @@ impl From<FormatName> for Format {
 pub(crate) enum TypeName {
     Dynamic,
     Fixed,
+    Differencing,
 }
 
 impl From<TypeName> for ImageType {
@@ -69,6 +79,7 @@ impl From<TypeName> for ImageType {
         match name {
             TypeName::Dynamic => Self::Dynamic,
             TypeName::Fixed => Self::Fixed,
+            TypeName::Differencing => Self::Differencing,
         }
     }
 }
@@ -79,7 +90,7 @@ pub(crate) struct Layout {
     /// Format [default: from the name, else vhdx]
     #[arg(long)]
     pub(crate) format: Option<FormatName>,
-    /// Type [default: dynamic; raw is always fixed]
+    /// Type [default: dynamic; raw is always fixed; differencing goes with --parent]
     #[arg(long = "type", value_name = "TYPE")]
     pub(crate) image_type: Option<TypeName>,
     /// Block size, a power of two; VHDX allows 1M to 256M [default: the format's]
@@ -103,15 +114,35 @@ pub(crate) fn type_for(format: Format, asked: Option<ImageType>) -> Result<Image
         (Format::Raw, Some(ImageType::Dynamic)) => {
             Err(Failure::usage("a raw image can't be dynamic (its file is sparse anyway); leave --type away"))
         }
+        (Format::Raw, Some(ImageType::Differencing)) => {
+            Err(Failure::usage("a raw image can't be differencing; VHDX and VHD can"))
+        }
         (Format::Raw, _) => Ok(ImageType::Fixed),
         (_, asked) => Ok(asked.unwrap_or(ImageType::Dynamic)),
     }
 }
 
-/// Opens an image for reading.
-pub(crate) fn open(path: &Path, format: Option<FormatName>) -> Result<Arc<dyn Image>, Failure> {
-    let options = OpenOptions { format: format.map(Format::from), read_only: true, ..OpenOptions::default() };
+/// Opens an image for reading, with its parents if it has any.
+pub(crate) fn open(
+    path: &Path,
+    format: Option<FormatName>,
+    parents: &Parents,
+) -> Result<Arc<dyn Image>, Failure> {
+    let options = OpenOptions {
+        format: format.map(Format::from),
+        parents: parents.parents.clone(),
+        ..OpenOptions::read_only()
+    };
     Ok(formats::open(path, &options)?)
+}
+
+/// Where the parents of differencing images are looked for.
+#[derive(Debug, Args)]
+pub(crate) struct Parents {
+    /// A folder, or a file, in which parents of a differencing image may be found; repeatable. They are looked for
+    /// nowhere else, whatever the image says
+    #[arg(long, value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
 }
 
 /// One image that exists.
