@@ -704,6 +704,34 @@ fn notes_stay_small_while_something_is_always_pending() {
 }
 
 #[test]
+fn a_full_side_gives_way_to_the_other_and_nothing_is_lost() {
+    // With one note first it is a clear that finds the side full, with two a write.
+    for first in [10, 11] {
+        let storage = Arc::new(Memory::default());
+        let mut own = own_with(9000, 8, &storage);
+        let mut kept = BTreeSet::new();
+        let mut keep = |own: &OwnSectors, sector| {
+            assert!(matches!(own.wrote(sector, 1, &nothing), Ok(Wrote::Noted)));
+            kept.insert(sector);
+            kept.clone()
+        };
+        let mut expected = (10..=first).map(|sector| keep(&own, sector)).last().expect("at least one");
+        for i in 0..notes::RECORDS_MAX / 2 + 100 {
+            if i % 20_000 == 9_999 {
+                own = own_with(9000, 8, &storage);
+                keep(&own, 8500 + i / 10_000);
+                expected = keep(&own, 8600 + i / 10_000);
+            }
+            assert!(matches!(own.wrote(i % 8000 + 20, 3, &nothing), Ok(Wrote::Noted)));
+            own.clear(i % 8000 + 20, 3);
+            if i % 10_000 == 0 || (i * 2).abs_diff(notes::RECORDS_MAX) < 20 {
+                assert_eq!(recovered(9000, &storage), expected, "after {i}");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_load_that_fails_is_told_and_changes_nothing() {
     let own = OwnSectors::new(5000, 8, None).expect("there is no file");
     let fails = |_: u64, _: &mut PageBits| Err(ImageError::new(crate::ErrorKind::Io, "no"));
