@@ -21,6 +21,7 @@ mod create;
 mod dispatch;
 mod error;
 mod flat;
+mod held;
 mod image;
 mod info;
 mod link;
@@ -44,6 +45,7 @@ pub use copy::{
 };
 pub use create::{CreateOptions, create, link_to_parent};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};
+pub use held::{create_over, remove_notes, reopen, resize_held, share};
 pub use image::{
     AllocState, ByteSpan, Extent, FileIndex, Format, Geometry, Image, ImageType, Piece, Pieces, Place,
     SyncToken, ZeroMode,
