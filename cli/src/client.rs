@@ -3,7 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockd_api::{AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt};
+use blockd_api::{
+    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt, ResizeRequest,
+    Resized, SnapshotRequest,
+};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
@@ -74,6 +77,16 @@ impl Client {
     pub(crate) async fn flush(&self, id: &str) -> Result<(), Failure> {
         let path = format!("/v1/disks/{}/flush", segment(id));
         self.send::<(), serde::de::IgnoredAny>(Method::POST, &path, None).await.map(|_| ())
+    }
+
+    /// `POST /v1/disks/{id}/resize`
+    pub(crate) async fn resize(&self, id: &str, request: &ResizeRequest) -> Result<Resized, Failure> {
+        self.send(Method::POST, &format!("/v1/disks/{}/resize", segment(id)), Some(request)).await
+    }
+
+    /// `POST /v1/disks/{id}/snapshot`
+    pub(crate) async fn snapshot(&self, id: &str, request: &SnapshotRequest) -> Result<DiskInfo, Failure> {
+        self.send(Method::POST, &format!("/v1/disks/{}/snapshot", segment(id)), Some(request)).await
     }
 
     /// `POST /v1/moves`

@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use blockd_api::{AttachRequest, DiskInfo, Percentiles};
+use blockd_api::{AttachRequest, DiskInfo, Percentiles, ResizeRequest, SnapshotRequest};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use serde_json::json;
 
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
-use crate::paths;
 use crate::render::{self, Facts, Screen, Table, yes};
+use crate::{paths, units};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -30,6 +30,29 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Change the size of a disk, also while a guest uses it
+    #[command(
+        after_help = "Examples:\n  blockctl disk resize vm1 20G\n  blockctl disk resize vm1 5G --shrink"
+    )]
+    Resize {
+        #[command(flatten)]
+        id: Id,
+        /// The new size: bytes, or a whole number with K, M, G or T
+        #[arg(value_parser = units::parse_nonzero_size)]
+        size: u64,
+        /// Allow a smaller size; what is cut off must not hold anything
+        #[arg(long)]
+        shrink: bool,
+    },
+    /// Let a disk go on in a new differencing image; the one so far stays as it is now
+    #[command(after_help = "Example:\n  blockctl disk snapshot vm1 --to /images/vm1-tuesday.vhdx")]
+    Snapshot {
+        #[command(flatten)]
+        id: Id,
+        /// The new image, which must not exist
+        #[arg(long, value_name = "PATH")]
+        to: PathBuf,
+    },
     /// Make everything written to a disk so far durable
     #[command(after_help = "Example:\n  blockctl disk flush vm1")]
     Flush(Id),
@@ -46,7 +69,8 @@ pub(crate) struct Id {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   blockctl disk attach vm1 /images/vm1.vhdx --socket /run/vm1.sock
-  blockctl disk attach iso /images/install.img --socket /run/iso.sock --read-only")]
+  blockctl disk attach iso /images/install.img --socket /run/iso.sock --read-only
+  blockctl disk attach vm2 /images/vm2.vhdx --socket /run/vm2.sock --parents /images/bases")]
 pub(crate) struct AttachArgs {
     #[command(flatten)]
     id: Id,
@@ -67,6 +91,9 @@ pub(crate) struct AttachArgs {
     /// Refuse writes
     #[arg(long)]
     read_only: bool,
+    /// A folder in which parents of the image may be opened, or a file that may be one; repeatable
+    #[arg(long, value_name = "DIR")]
+    parents: Vec<PathBuf>,
 }
 
 /// `blockctl disk ...`
@@ -87,6 +114,27 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
         Command::Detach { id, force } => {
             client.detach(&id.id, force).await?;
             screen.show(&json!({ "id": id.id, "detached": true }), |_| format!("{} is detached", id.id))?;
+        }
+        Command::Resize { id, size, shrink } => {
+            let request = ResizeRequest { size_bytes: size, shrink };
+            let resized = client.resize(&id.id, &request).await?;
+            screen.show(&resized, |resized| {
+                let size = render::size_exact(resized.disk.size_bytes);
+                let guest = if resized.guest_told {
+                    "the guest was told"
+                } else {
+                    "a guest sees it when it next connects, for no front end listens for changes"
+                };
+                format!("{} has {size} now; {guest}", resized.disk.id)
+            })?;
+        }
+        Command::Snapshot { id, to } => {
+            let request = SnapshotRequest { to: paths::for_daemon(&to)? };
+            let disk = client.snapshot(&id.id, &request).await?;
+            screen.show(&disk, |disk| {
+                let parent = disk.chain.get(1).cloned().unwrap_or_default();
+                format!("{} goes on in {}; {parent} stays as it is now", disk.id, disk.image)
+            })?;
         }
         Command::Flush(id) => {
             client.flush(&id.id).await?;
@@ -111,7 +159,7 @@ fn request(args: AttachArgs) -> Result<AttachRequest, Failure> {
         queues: args.queues,
         io_threads: args.io_threads,
         read_only: args.read_only,
-        parents: Vec::new(),
+        parents: args.parents.iter().map(|path| paths::for_daemon(path)).collect::<Result<_, _>>()?,
     })
 }
 

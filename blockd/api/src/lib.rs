@@ -7,6 +7,8 @@
 //! | `GET /v1/disks/{id}` | | [`DiskInfo`] |
 //! | `DELETE /v1/disks/{id}?force=true` | | `{}` |
 //! | `POST /v1/disks/{id}/flush` | | `{}` |
+//! | `POST /v1/disks/{id}/snapshot` | [`SnapshotRequest`] | [`DiskInfo`] |
+//! | `POST /v1/disks/{id}/resize` | [`ResizeRequest`] | [`Resized`] |
 //! | `POST /v1/moves` | [`MoveRequest`] | [`Job`] |
 //! | `GET /v1/jobs` | | `[Job]` |
 //! | `GET /v1/jobs/{job}` | | [`Job`] |
@@ -62,7 +64,7 @@ pub struct AttachRequest {
     /// Refuse writes.
     #[serde(default)]
     pub read_only: bool,
-    /// Folders in which parents of the image may be opened.
+    /// Absolute paths: folders in which parents of the image may be opened, and files that may be its parents.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parents: Vec<String>,
 }
@@ -86,7 +88,7 @@ pub struct DiskInfo {
     pub chain: Vec<String>,
     /// `raw`, `vhd` or `vhdx`.
     pub format: String,
-    /// `fixed` or `dynamic`.
+    /// `fixed`, `dynamic` or `differencing`.
     #[serde(rename = "type")]
     pub image_type: String,
     /// Virtual size.
@@ -123,6 +125,35 @@ pub struct DiskInfo {
     pub errors: u64,
     /// Latencies from taking a request to its completion, since the disk was attached.
     pub latency_us: LatencyInfo,
+}
+
+/// Asks for a new differencing image in which a disk goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Absolute path of the new image, which must not exist.
+    pub to: String,
+}
+
+/// Asks for another size of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ResizeRequest {
+    /// The new size, a multiple of the sector size.
+    pub size_bytes: u64,
+    /// Allow a size that is smaller than before; what is cut off must not hold anything.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+/// A disk that has another size.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Resized {
+    /// The disk as it is now.
+    #[serde(flatten)]
+    pub disk: DiskInfo,
+    /// Whether the guest was told; if not, it sees the new size when it next connects.
+    pub guest_told: bool,
 }
 
 /// Latencies of the two kinds of requests.
@@ -303,7 +334,8 @@ pub struct Event {
     pub seq: u64,
     /// When, RFC 3339, UTC.
     pub time: String,
-    /// `disk-attached`, `disk-detached`, `disk-connected`, `disk-disconnected`, `disk-failed`, `job-state`.
+    /// `disk-attached`, `disk-detached`, `disk-connected`, `disk-disconnected`, `disk-failed`, `disk-snapshot`,
+    /// `disk-resized`, `job-state`.
     pub kind: String,
     /// The disk that it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -11,7 +11,10 @@ use axum::extract::{DefaultBodyLimit, FromRequest, FromRequestParts, Path, Query
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use blockd_api::{AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt};
+use blockd_api::{
+    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt, ResizeRequest,
+    Resized, SnapshotRequest,
+};
 use serde::Deserialize;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -30,6 +33,8 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks", get(list_disks).post(attach_disk))
         .route("/v1/disks/{id}", get(show_disk).delete(detach_disk))
         .route("/v1/disks/{id}/flush", post(flush_disk))
+        .route("/v1/disks/{id}/snapshot", post(snapshot_disk))
+        .route("/v1/disks/{id}/resize", post(resize_disk))
         .route("/v1/moves", post(start_move))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{job}", get(show_job).patch(set_job))
@@ -201,6 +206,42 @@ async fn detach_disk(
 )]
 async fn flush_disk(State(daemon): Shared, Name(id): Name) -> Answer<Nothing> {
     blocking(move || daemon.flush(&id).map(|()| Nothing {})).await
+}
+
+/// Lets a disk go on in a new differencing image, of which the one so far is the parent.
+#[utoipa::path(
+    post, path = "/v1/disks/{id}/snapshot", params(("id" = String, Path, description = "the disk's name")),
+    request_body = SnapshotRequest,
+    responses(
+        (status = 200, body = DiskInfo),
+        (status = 400, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
+        (status = 422, body = ErrorBody), (status = 500, body = ErrorBody), (status = 507, body = ErrorBody)
+    )
+)]
+async fn snapshot_disk(
+    State(daemon): Shared,
+    Name(id): Name,
+    Json(request): Json<SnapshotRequest>,
+) -> Answer<DiskInfo> {
+    blocking(move || daemon.snapshot(&id, &request)).await
+}
+
+/// Gives a disk another size while it is served.
+#[utoipa::path(
+    post, path = "/v1/disks/{id}/resize", params(("id" = String, Path, description = "the disk's name")),
+    request_body = ResizeRequest,
+    responses(
+        (status = 200, body = Resized),
+        (status = 400, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
+        (status = 422, body = ErrorBody), (status = 500, body = ErrorBody), (status = 507, body = ErrorBody)
+    )
+)]
+async fn resize_disk(
+    State(daemon): Shared,
+    Name(id): Name,
+    Json(request): Json<ResizeRequest>,
+) -> Answer<Resized> {
+    blocking(move || daemon.resize(&id, &request)).await
 }
 
 /// Starts a move; with several disks, one a disk, and the answer is the first.

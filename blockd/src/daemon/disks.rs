@@ -41,13 +41,25 @@ pub(super) struct Served {
     pub(super) disk: Arc<Disk>,
     /// As it is in the state directory; held while it is replaced there.
     record: Mutex<DiskRecord>,
-    /// The move that has it; set under the lock of all disks, since a detach looks there.
-    job: Mutex<Option<String>>,
+    /// Who works on it; set under the lock of all disks, since a detach looks there.
+    claim: Mutex<Option<Claim>>,
+}
+
+/// What works on a disk and keeps others from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// A job.
+    Job(String),
+    /// Something short, in words: "being resized".
+    Act(&'static str),
 }
 
 impl std::fmt::Debug for Served {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Served").field("record", &self.record).field("job", &self.job).finish_non_exhaustive()
+        f.debug_struct("Served")
+            .field("record", &self.record)
+            .field("claim", &self.claim)
+            .finish_non_exhaustive()
     }
 }
 
@@ -61,19 +73,36 @@ impl Served {
     }
 
     pub(super) fn job(&self) -> Option<String> {
-        lock(&self.job).clone()
+        match &*lock(&self.claim) {
+            Some(Claim::Job(job)) => Some(job.clone()),
+            _ => None,
+        }
     }
 
-    pub(super) fn set_job(&self, job: Option<String>) {
-        *lock(&self.job) = job;
+    /// Takes the disk for a job or an act. To be called under the lock of all disks.
+    ///
+    /// # Errors
+    /// [`Kind::Busy`] when somebody else has it.
+    pub(super) fn claim(&self, claim: Claim) -> Result<(), DaemonError> {
+        let mut held = lock(&self.claim);
+        if let Some(other) = &*held {
+            return Err(other.busy(self.id()));
+        }
+        *held = Some(claim);
+        Ok(())
     }
 
     /// Lets go of the job, if it is still this one that has the disk.
     pub(super) fn clear_job(&self, job: &str) {
-        let mut held = lock(&self.job);
-        if held.as_deref() == Some(job) {
+        let mut held = lock(&self.claim);
+        if matches!(&*held, Some(Claim::Job(of)) if of == job) {
             *held = None;
         }
+    }
+
+    /// The record as it is.
+    pub(super) fn record(&self) -> DiskRecord {
+        lock(&self.record).clone()
     }
 
     /// Changes the record in memory once the changed one is durable.
@@ -99,13 +128,13 @@ impl Served {
         }
     }
 
-    fn info(&self) -> DiskInfo {
+    pub(super) fn info(&self) -> DiskInfo {
         let (disk, spec, stats) = (&self.disk, self.disk.spec(), self.disk.stats());
-        let (image, geometry) = (text(&disk.image_path()), disk.geometry());
+        let (image, geometry) = (disk.image(), disk.geometry());
         DiskInfo {
             id: spec.id.clone(),
-            chain: vec![image.clone()],
-            image,
+            chain: image.paths().iter().map(|path| text(path)).collect(),
+            image: text(&image.path()),
             format: disk.format().to_string(),
             image_type: disk.image_type().to_string(),
             size_bytes: geometry.virtual_size,
@@ -157,6 +186,29 @@ impl Broken {
             errors: 0,
             latency_us: LatencyInfo::default(),
         }
+    }
+}
+
+impl Claim {
+    fn busy(&self, disk: &str) -> DaemonError {
+        match self {
+            Self::Job(job) => DaemonError::new(
+                Kind::Busy,
+                format!("disk {disk} is being moved by job {job}; wait for its end or cancel it first"),
+            ),
+            Self::Act(what) => busy(disk, what),
+        }
+    }
+}
+
+/// A short hold on a disk, in which nobody else moves, detaches or changes it.
+pub(super) struct Act {
+    pub(super) served: Arc<Served>,
+}
+
+impl Drop for Act {
+    fn drop(&mut self) {
+        *lock(&self.served.claim) = None;
     }
 }
 
@@ -287,6 +339,31 @@ impl Daemon {
         }
     }
 
+    /// Takes a disk for a short while; `what` says what for: "being resized".
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`]; [`Kind::Busy`] when somebody else has it; [`Kind::State`] when it is not served, has failed, or
+    /// can't be written.
+    pub(super) fn act(&self, id: &str, what: &'static str) -> Result<Act, DaemonError> {
+        self.settle_job_of(id);
+        let served = self.find(id)?;
+        if served.disk.spec().read_only {
+            return Err(DaemonError::new(
+                Kind::State,
+                format!("disk {id} is read-only, and can't be changed"),
+            ));
+        }
+        if let Some(why) = served.disk.failed() {
+            return Err(DaemonError::new(Kind::State, format!("disk {id} has failed: {why}")));
+        }
+        let disks = self.disks();
+        if !matches!(disks.get(id), Some(Slot::Served(s)) if Arc::ptr_eq(s, &served)) {
+            return Err(busy(id, "being detached"));
+        }
+        served.claim(Claim::Act(what))?;
+        Ok(Act { served: served.clone() })
+    }
+
     /// Every disk that is served.
     pub(super) fn served(&self) -> Vec<Arc<Served>> {
         let served = |slot: &Slot| match slot {
@@ -327,9 +404,11 @@ impl Daemon {
     fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
         let id = &record.spec.id;
         let cache_on = !self.state.is_write_through(id);
-        let disk = Disk::start(record.serve(), recover, cache_on, None, self.disk_events(id))?;
+        let record = &self.settle_snapshot(record)?;
+        let notes_dir = self.state.notes_dir();
+        let disk = Disk::start(record.serve(), recover, cache_on, Some(&notes_dir), self.disk_events(id))?;
         let format = disk.format();
-        let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), job: Mutex::default() });
+        let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), claim: Mutex::default() });
         if record.format != Some(format) {
             served.change_record(&self.state, |r| r.format = Some(format)).map_err(|e| {
                 let _ = served.disk.stop();
@@ -413,17 +492,22 @@ impl Daemon {
                 Slot::Taken(_, what) => return Err(busy(id, what)),
                 Slot::Broken(_) => {}
                 Slot::Served(served) => {
-                    if let Some(job) = served.job() {
+                    let claim = lock(&served.claim).clone();
+                    if let Some(Claim::Job(job)) = claim {
                         return Err(DaemonError::new(
                             Kind::Busy,
                             format!("disk {id} is being moved by job {job}; cancel that first, or use force"),
                         ));
                     }
-                    if !force && served.disk.is_connected() {
+                    let in_use = !force && served.disk.is_connected();
+                    if in_use || claim.is_some() {
                         if Instant::now() < give_up {
                             drop(disks);
                             std::thread::sleep(Duration::from_millis(20));
                             continue;
+                        }
+                        if let Some(act) = claim {
+                            return Err(act.busy(id));
                         }
                         return Err(DaemonError::new(
                             Kind::Busy,
@@ -504,15 +588,6 @@ fn requested(request: &AttachRequest) -> Result<DiskSpec, DaemonError> {
         parents: request.parents.iter().map(PathBuf::from).collect(),
     };
     names::check_spec(&spec)?;
-    if !request.parents.is_empty() {
-        return Err(DaemonError::new(
-            Kind::Unsupported,
-            format!(
-                "disk {}: images with parents can't be served yet; leave the parents' folders away",
-                spec.id
-            ),
-        ));
-    }
     match spec.image.metadata() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let message = format!("disk {}: there is no image {}; create it first", spec.id, request.image);

@@ -118,6 +118,13 @@ impl From<formats::ErrorKind> for Kind {
     }
 }
 
+impl From<formats::CreateError> for DaemonError {
+    fn from(e: formats::CreateError) -> Self {
+        let exists = e.source.as_ref().is_some_and(|s| s.kind() == std::io::ErrorKind::AlreadyExists);
+        Self::new(if exists { Kind::Exists } else { e.kind.into() }, e.to_string())
+    }
+}
+
 impl From<DiskError> for DaemonError {
     fn from(e: DiskError) -> Self {
         Self::new(e.kind.into(), e.message)

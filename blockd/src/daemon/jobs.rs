@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use blockd_api::{Job, JobSettings, MoveRequest, Receipt};
 
-use super::disks::Served;
+use super::disks::{Claim, Served};
 use super::error::{DaemonError, Kind};
 use super::events::Events;
 use super::plan::{SourceDisk, Wanted};
@@ -329,12 +329,7 @@ impl Daemon {
         if !still_there {
             return Err(DaemonError::new(Kind::Busy, format!("disk {disk} is being detached")));
         }
-        if let Some(other) = served.job() {
-            let message =
-                format!("disk {disk} is being moved by job {other}; wait for its end or cancel it first");
-            return Err(DaemonError::new(Kind::Busy, message));
-        }
-        served.set_job(Some(job.clone()));
+        served.claim(Claim::Job(job.clone()))?;
         drop(disks);
         Ok(Hold { served, job, kept: false })
     }
@@ -418,8 +413,7 @@ impl Daemon {
             }),
             image_changed: Box::new(move |image, format, generation| {
                 changing.change_record(&state, |record| {
-                    record.image = image.to_owned();
-                    record.format = Some(format);
+                    record.become_image(image, Some(format));
                     record.generation = generation;
                 })?;
                 tracing::info!(job, disk = changing.id(), image = %image.display(), generation, "the disk is another image now");

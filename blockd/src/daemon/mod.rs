@@ -27,6 +27,7 @@ mod openapi;
 mod plan;
 mod recall;
 pub mod server;
+mod snapshot;
 pub mod state;
 mod system;
 

@@ -76,6 +76,7 @@ pub fn check_spec(spec: &DiskSpec) -> Result<(), DaemonError> {
     check_disk_id(&spec.id)?;
     check_absolute("the image", &spec.image)?;
     check_socket("the socket", &spec.socket)?;
+    spec.parents.iter().try_for_each(|path| check_absolute("the parents' place", path))?;
     if !(1..=QUEUES_MAX).contains(&spec.queues) {
         return Err(DaemonError::invalid(format!(
             "disk {}: {} queues are asked for; a disk has 1 to {QUEUES_MAX}",
@@ -164,6 +165,7 @@ mod tests {
             check_spec(&spec).expect_err("refused").message
         };
         assert!(message(&|s| s.queues = 0).contains("1 to 64"));
+        assert!(message(&|s| s.parents = vec!["bases".into()]).contains("absolute"));
         assert!(message(&|s| s.queues = 65).contains("65 queues"));
         assert!(message(&|s| s.io_threads = 65).contains("1 to 64"));
         assert!(message(&|s| (s.queues, s.io_threads) = (2, 3)).contains("1 to 2"));

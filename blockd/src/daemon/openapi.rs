@@ -23,6 +23,8 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
         api::show_disk,
         api::detach_disk,
         api::flush_disk,
+        api::snapshot_disk,
+        api::resize_disk,
         api::start_move,
         api::list_jobs,
         api::show_job,
@@ -73,7 +75,7 @@ mod tests {
             })
             .collect();
         let mut table = routes_of_the_table();
-        assert_eq!(table.len(), 17);
+        assert_eq!(table.len(), 19);
         documented.sort();
         table.sort();
         assert_eq!(documented, table);

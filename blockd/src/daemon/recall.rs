@@ -50,8 +50,8 @@ pub(super) type JournalImages = BTreeMap<String, (PathBuf, Format, u64)>;
 
 /// Puts everything together, by disk.
 ///
-/// The image is decided by whoever knows best: a journal over the record, the record over what is asked for once a move
-/// has put another image in place, and what is asked for otherwise. All else is as asked for last.
+/// The image is decided by whoever knows best: a journal over the record, the record over what is asked for once a move or
+/// a snapshot has put another image in place, and what is asked for otherwise. All else is as asked for last.
 pub(super) fn recall(
     remembered: BTreeMap<String, Result<DiskRecord, DaemonError>>,
     mut journals: JournalImages,
@@ -104,7 +104,8 @@ fn follow_journal(record: &mut DiskRecord, (image, format, generation): (PathBuf
         generation,
         "a move was committed just before the daemon ended: its target is the disk"
     );
-    (record.image, record.format, record.generation) = (image, Some(format), generation);
+    record.become_image(&image, Some(format));
+    record.generation = generation;
 }
 
 /// Takes over what is asked for; answers whether the image is still the one that was served.
@@ -118,7 +119,7 @@ fn follow_asked(record: &mut DiskRecord, Asked { spec, .. }: &Asked) -> bool {
             asked = %spec.image.display(),
             served = %record.image.display(),
             generation = record.generation,
-            "a move has put another image in place of the one that is asked for: the moved one is served \
+            "a move or a snapshot has put another image in place of the one that is asked for: that one is served \
              (detach the disk and attach it again to go back)"
         );
     } else {
@@ -128,7 +129,7 @@ fn follow_asked(record: &mut DiskRecord, Asked { spec, .. }: &Asked) -> bool {
             served_before = %record.image.display(),
             "another image is asked for than was served before: the one that is asked for is served"
         );
-        (record.image, record.format) = (spec.image.clone(), spec.format);
+        record.become_image(&spec.image, spec.format);
     }
     record.spec = spec.clone();
     same || record.generation > 0

@@ -3,6 +3,7 @@
 //! ```text
 //! DIR/lock           held (an open-file-description lock) while a daemon uses the directory
 //! DIR/disks/ID.json  one record a disk: what was asked for, and which image is the disk now
+//! DIR/notes/         what differencing images must not lose when the daemon is killed, which is their codecs' business
 //! DIR/moves/         the journals of moves, which are the mover's business, and receipts beside them
 //! ```
 //!
@@ -48,19 +49,50 @@ pub struct DiskRecord {
     pub image: PathBuf,
     /// Format of `image`; absent only until it was opened for the first time.
     pub format: Option<Format>,
-    /// How often a move has put another image in place.
+    /// How often a move or a snapshot has put another image in place.
     pub generation: u64,
+    /// Files that `image` needs as its parents, besides what was asked for: those that snapshots have left behind.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub parents: Vec<PathBuf>,
+    /// What a snapshot has left behind and not closed yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settling: Option<Settling>,
+}
+
+/// An image that was the disk until a snapshot: it has to be closed cleanly before it can be the parent that it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settling {
+    /// The image, absolute.
+    pub image: PathBuf,
+    /// The id by which the new image knows its content.
+    pub content_id: uuid::Uuid,
 }
 
 impl DiskRecord {
     /// The record of a disk that was just asked for.
     pub fn new(spec: DiskSpec) -> Self {
-        Self { version: VERSION, image: spec.image.clone(), format: spec.format, spec, generation: 0 }
+        Self {
+            version: VERSION,
+            image: spec.image.clone(),
+            format: spec.format,
+            spec,
+            generation: 0,
+            parents: Vec::new(),
+            settling: None,
+        }
     }
 
     /// What to serve: what was asked for, from the image that is the disk now.
     pub fn serve(&self) -> DiskSpec {
-        DiskSpec { image: self.image.clone(), format: self.format, ..self.spec.clone() }
+        let parents = self.spec.parents.iter().chain(&self.parents).cloned().collect();
+        DiskSpec { image: self.image.clone(), format: self.format, parents, ..self.spec.clone() }
+    }
+
+    /// The disk is another image now, of which the parents so far are none.
+    pub fn become_image(&mut self, image: &Path, format: Option<Format>) {
+        (self.image, self.format) = (image.to_owned(), format);
+        (self.parents, self.settling) = (Vec::new(), None);
     }
 }
 
@@ -89,6 +121,11 @@ impl StateDir {
             Self { root: root.to_owned(), writing: Mutex::default(), _lock: lock_file(&root.join("lock"))? };
         state.remove_temporaries().map_err(failed)?;
         Ok(state)
+    }
+
+    /// Where differencing images keep their notes; made when it is needed.
+    pub fn notes_dir(&self) -> PathBuf {
+        self.root.join("notes")
     }
 
     /// Where the journals of moves live.
@@ -170,8 +207,7 @@ impl StateDir {
             return Err(io::Error::other(format!("it knows generation {} already", record.generation)));
         }
         if record.generation < generation {
-            record.image = image.to_owned();
-            record.format = Some(format);
+            record.become_image(image, Some(format));
             record.generation = generation;
             self.put(&record)?;
         }
@@ -295,8 +331,11 @@ fn read_record(path: &Path, id: &str) -> Result<DiskRecord, DaemonError> {
     if record.spec.id != id {
         return Err(damaged(format!("is of another disk, {:?}", record.spec.id)));
     }
-    if !record.image.is_absolute() {
-        return Err(damaged(format!("names an image by a relative path, {:?}", record.image)));
+    let settling = record.settling.iter().map(|s| &s.image);
+    if let Some(path) =
+        std::iter::once(&record.image).chain(&record.parents).chain(settling).find(|p| !p.is_absolute())
+    {
+        return Err(damaged(format!("names an image by a relative path, {path:?}")));
     }
     names::check_spec(&record.spec).map_err(|e| damaged(format!("is damaged: {e}")))?;
     Ok(record)

@@ -7,9 +7,10 @@
 //!
 //! The first holds requests up for as long as the change takes; the second holds nothing up.
 
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
-use formats::ErrorKind;
+use formats::{CreateError, ErrorKind, ImageError};
 
 use super::handle::ImageHandle;
 use super::route::Route;
@@ -132,7 +133,55 @@ impl Disk {
         old.image().close().map_err(|e| {
             let message = format!("{}: cannot be closed cleanly: {e}", old.path().display());
             DiskError::new(e.kind, message)
+        })?;
+        if let Some(dir) = &self.notes_dir {
+            formats::remove_notes(old.image(), dir);
+        }
+        if let Err(e) = formats::share(old.image()) {
+            // Nobody else can read it then before the disk is detached.
+            tracing::warn!(disk = self.spec.id, image = %old.path().display(), "stays locked: {e}");
+        }
+        Ok(())
+    }
+
+    /// Makes an empty image at `path` on the one that is the disk now, for [`Self::continue_in`]. Blocks, as any first
+    /// write of a session may; no request is held up.
+    ///
+    /// # Errors
+    /// As [`formats::create_over`] has them; no file is left then.
+    pub fn make_child(&self, path: &Path) -> Result<Arc<ImageHandle>, CreateError> {
+        let old = self.image();
+        let made = formats::create_over(path, old.shared_image(), old.path(), self.notes_dir.as_deref())?;
+        ImageHandle::new(made, path, &[&*old]).map(Arc::new).map_err(|e| {
+            let _ = std::fs::remove_file(path);
+            CreateError { path: path.to_owned(), kind: e.kind, message: e.message, source: None }
         })
+    }
+
+    /// Gives the image another size; requests are held up meanwhile. Answers whether a front end was told, which is then
+    /// to look at the configuration space again. Blocks.
+    ///
+    /// # Errors
+    /// As [`formats::resize`] and [`Self::reopen_held`] have them; the disk has its old size then.
+    pub fn resize(&self, new_size: u64, shrink: bool) -> Result<bool, DiskError> {
+        // What can be done before anybody waits is done before.
+        let image = self.image();
+        let of_image = |e: ImageError| DiskError::new(e.kind, format!("{}: {e}", image.path().display()));
+        image.maintain(&|| self.shared.gate.wait()).map_err(of_image)?;
+        self.flush()?;
+        self.reopen_held(|old| {
+            old.image().close().map_err(of_image)?;
+            let resized = formats::resize_held(old.image(), new_size, shrink).map_err(of_image);
+            let reopened = formats::reopen(old.image(), self.notes_dir.as_deref())
+                .map_err(of_image)
+                .and_then(|image| old.succeeded_by(image));
+            match (resized, reopened) {
+                (Ok(()), Ok(next)) => Ok(next),
+                (Err(error), Ok(next)) => Err(NotReopened { error, serve: Serve::Instead(next) }),
+                (_, Err(error)) => Err(NotReopened { error, serve: Serve::Nothing }),
+            }
+        })?;
+        Ok(self.shared.channels.tell_config_changed())
     }
 
     /// The image, when nothing else works on the disk.
@@ -162,7 +211,6 @@ impl Disk {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
     use std::time::Duration;
 
     use formats::{CreateOptions, Format};

@@ -122,6 +122,8 @@ impl ImageHandle {
             format: how.format,
             read_only: how.read_only,
             recover: how.recover,
+            parents: how.parents.clone(),
+            notes_dir: how.notes_dir.clone(),
             ..OpenOptions::default()
         };
         let image = formats::open(path, &options).map_err(|e| DiskError::new(e.kind, e.to_string()))?;

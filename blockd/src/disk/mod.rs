@@ -88,6 +88,7 @@ impl DiskError {
 pub struct Disk {
     spec: DiskSpec,
     shared: Arc<DiskShared>,
+    notes_dir: Option<PathBuf>,
     running: Mutex<Option<Running>>,
     /// Held while the image is exchanged, or the disk stopped.
     exchanging: Mutex<()>,
@@ -166,7 +167,8 @@ impl Disk {
             DiskError::new(ErrorKind::Io, format!("{}: {e}", spec.socket.display()))
         })?;
         let running = Mutex::new(Some(Running { listener, workers, maintenance }));
-        Ok(Arc::new(Self { spec, shared, running, exchanging: Mutex::default(), mailboxes }))
+        let (notes_dir, exchanging) = (how.notes_dir, Mutex::default());
+        Ok(Arc::new(Self { spec, shared, notes_dir, running, exchanging, mailboxes }))
     }
 
     /// What it was started as.
@@ -274,7 +276,11 @@ impl Disk {
         }
         image.image().close().map_err(|e| {
             DiskError::new(e.kind, format!("{}: cannot be closed cleanly: {e}", image.path().display()))
-        })
+        })?;
+        if let Some(dir) = &self.notes_dir {
+            formats::remove_notes(image.image(), dir);
+        }
+        Ok(())
     }
 }
 

@@ -11,6 +11,7 @@ use super::handle::ImageHandle;
 use super::route::Route;
 use super::{DiskEvent, DiskEvents};
 use crate::gate::Gate;
+use crate::vhost::channel::Channels;
 use crate::worker::{Limits, SERIAL_BYTES};
 
 /// What the threads of a disk share.
@@ -30,6 +31,8 @@ pub struct DiskShared {
     pub counters: Counters,
     /// Sessions whose rings run.
     pub running: AtomicU64,
+    /// Where front ends listen.
+    pub channels: Channels,
     maintenance: (Mutex<Maintenance>, Condvar),
     maintenance_wanted: AtomicBool,
     failed: Mutex<Option<String>>,
@@ -70,6 +73,7 @@ impl DiskShared {
             gate: Arc::default(),
             counters: Counters::new(workers),
             running: AtomicU64::new(0),
+            channels: Channels::default(),
             maintenance: Default::default(),
             maintenance_wanted: AtomicBool::new(false),
             failed: Mutex::new(None),

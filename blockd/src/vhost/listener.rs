@@ -14,6 +14,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use vhost::vhost_user::BackendReqHandler;
 
+use super::channel;
 use super::session::Session;
 use crate::disk::DiskSpec;
 use crate::disk::shared::DiskShared;
@@ -240,13 +241,21 @@ fn serve(stream: UnixStream, number: u64, common: &Arc<Common>) {
     let disk = &common.disk.id;
     tracing::info!(disk, session = number, "a front end connected");
     let ours = stream.try_clone();
+    if let Err(e) = &ours {
+        tracing::warn!(disk, session = number, "the front end will not be told of changes: {e}");
+    }
     let session = Session::new(number, common.clone());
     let mut handler = BackendReqHandler::from_stream(stream, session.clone());
     let why = loop {
+        let channel = ours.as_ref().ok().and_then(channel::of_next_message);
         if let Err(e) = handler.handle_request() {
             break e;
         }
+        if channel.is_some() {
+            common.disk.channels.set(number, channel);
+        }
     };
+    common.disk.channels.set(number, None);
     match why {
         vhost::vhost_user::Error::Disconnected => {
             tracing::info!(disk, session = number, "the front end left")

@@ -474,7 +474,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             | P::INFLIGHT_SHMFD
             | P::CONFIGURE_MEM_SLOTS
             | P::RESET_DEVICE
-            | P::DEVICE_STATE)
+            | P::DEVICE_STATE
+            | P::BACKEND_REQ)
     }
 
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use blockd_api::{DiskInfo, ErrorBody, Job, MoveRequest};
+use blockd_api::{DiskInfo, ErrorBody, Job, MoveRequest, ResizeRequest, Resized, SnapshotRequest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
@@ -425,6 +425,18 @@ impl Daemon {
     /// A disk as the daemon sees it.
     pub fn disk(&self, id: &str) -> Result<DiskInfo> {
         self.call("GET", &format!("/v1/disks/{id}"), None::<&()>)
+    }
+
+    /// Lets a disk go on in a new image at `to`.
+    pub fn snapshot(&self, id: &str, to: &Path) -> Result<DiskInfo> {
+        let to = to.to_string_lossy().into_owned();
+        self.call("POST", &format!("/v1/disks/{id}/snapshot"), Some(&SnapshotRequest { to }))
+    }
+
+    /// Gives a disk another size.
+    pub fn resize(&self, id: &str, size_bytes: u64, shrink: bool) -> Result<Resized> {
+        let request = ResizeRequest { size_bytes, shrink };
+        self.call("POST", &format!("/v1/disks/{id}/resize"), Some(&request))
     }
 
     /// Starts a move.

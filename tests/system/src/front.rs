@@ -3,6 +3,7 @@
 //! [`FrontEnd::start`] does the whole of it in the order that QEMU does; tests that want another order call the steps.
 
 use std::fs::File;
+use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -63,6 +64,8 @@ pub struct Options {
     pub mem_slots: bool,
     /// Use in-flight tracking when it is offered.
     pub inflight: bool,
+    /// Listen for changes of the configuration space when that is offered.
+    pub config_channel: bool,
     /// Feature bits not to accept.
     pub refuse: u64,
     /// Protocol feature bits not to accept.
@@ -80,6 +83,7 @@ impl Default for Options {
             indirect: true,
             mem_slots: true,
             inflight: true,
+            config_channel: false,
             refuse: 0,
             refuse_protocol: VhostUserProtocolFeatures::empty(),
         }
@@ -166,6 +170,8 @@ pub struct FrontEnd {
     pub protocol: VhostUserProtocolFeatures,
     /// The in-flight region, once there is one.
     pub inflight: Option<Inflight>,
+    /// Where the device speaks.
+    channel: Option<UnixStream>,
 }
 
 impl FrontEnd {
@@ -183,6 +189,7 @@ impl FrontEnd {
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
             inflight: None,
+            channel: None,
         };
         front.negotiate()?;
         Ok(front)
@@ -219,10 +226,12 @@ impl FrontEnd {
         self.features = offered & known & !refused;
         let offered = self.vhost.get_protocol_features().context("GET_PROTOCOL_FEATURES")?;
         // A channel that is not set up must not be promised, nor page faults that nobody handles.
-        let unused = VhostUserProtocolFeatures::BACKEND_REQ
-            | VhostUserProtocolFeatures::BACKEND_SEND_FD
+        let mut unused = VhostUserProtocolFeatures::BACKEND_SEND_FD
             | VhostUserProtocolFeatures::HOST_NOTIFIER
             | VhostUserProtocolFeatures::PAGEFAULT;
+        if !self.options.config_channel {
+            unused |= VhostUserProtocolFeatures::BACKEND_REQ;
+        }
         self.protocol = offered & !unused & !self.options.refuse_protocol;
         self.vhost.set_protocol_features(self.protocol).context("SET_PROTOCOL_FEATURES")?;
         self.vhost.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
@@ -230,7 +239,27 @@ impl FrontEnd {
             let queues = self.vhost.get_queue_num().context("GET_QUEUE_NUM")?;
             ensure!(queues >= self.options.queues as u64, "the device has {queues} queues only");
         }
+        if self.protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            let (ours, theirs) = UnixStream::pair()?;
+            self.vhost.set_backend_request_fd(&theirs).context("SET_BACKEND_REQ_FD")?;
+            self.channel = Some(ours);
+        }
         self.vhost.set_features(self.features).context("SET_FEATURES")
+    }
+
+    /// Waits until the device says that its configuration space has changed; `false` when it says nothing.
+    pub fn config_changed(&mut self, timeout: Duration) -> Result<bool> {
+        let channel = self.channel.as_mut().context("no channel was negotiated")?;
+        channel.set_read_timeout(Some(timeout))?;
+        let mut message = [0; 12];
+        match channel.read_exact(&mut message) {
+            Ok(()) => {}
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => return Ok(false),
+            Err(e) => return Err(e).context("the channel"),
+        }
+        // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no reply wanted, nothing behind the header.
+        ensure!(message == [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0], "another message: {message:?}");
+        Ok(true)
     }
 
     /// Makes the rings in guest memory; the device is not told yet.

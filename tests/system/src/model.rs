@@ -97,6 +97,16 @@ impl Model {
         }
     }
 
+    /// The same disk with more sectors; those that are new read as zeroes.
+    pub fn grown(mut self, sectors: u64) -> Self {
+        let len = usize::try_from(sectors).expect("64-bit");
+        assert!(len >= self.current.len(), "a model does not shrink");
+        for part in [&mut self.current, &mut self.pending, &mut self.last_zeroed, &mut self.either] {
+            part.resize(len, 0);
+        }
+        self
+    }
+
     /// Remembers from now on when writes began and ended. Nothing may have been written yet.
     pub fn remember_history(&mut self) {
         assert_eq!(self.next, 1, "the history has to be whole");
