@@ -37,6 +37,11 @@ impl BatEntry {
         Self(unit << 20 | u64::from(state::FULLY_PRESENT))
     }
 
+    /// A block at this unit of 1 MiB that holds the sectors which its bitmap names.
+    pub(super) fn partial(unit: u64) -> Self {
+        Self(unit << 20 | u64::from(state::PARTIALLY_PRESENT))
+    }
+
     /// A block that reads as zeroes. Its offset is 0, since Hyper-V refuses others.
     pub(super) const ZERO: Self = Self(state::ZERO as u64);
 
@@ -49,9 +54,9 @@ impl BatEntry {
         self.0 >> 20
     }
 
-    /// The place of the block in bytes, if the block holds data.
+    /// The place of the block in bytes, if the block holds data, all of it or some.
     pub(super) fn data_offset(self) -> Option<u64> {
-        (self.state() == state::FULLY_PRESENT).then(|| self.unit() * MIB)
+        matches!(self.state(), state::FULLY_PRESENT | state::PARTIALLY_PRESENT).then(|| self.unit() * MIB)
     }
 
     fn has_reserved_bits(self) -> bool {
@@ -75,6 +80,8 @@ pub(super) struct Census {
     pub(super) populated: Vec<u64>,
     /// Payload blocks that have a place for their data.
     pub(super) allocated: u64,
+    /// Where the sector bitmap blocks are, in units; at most 16384.
+    pub(super) bitmaps: Vec<u64>,
     /// Entries of blocks without data that name a place all the same: (index, raw), the first few.
     pub(super) stale: Vec<(u64, u64)>,
 }
@@ -207,7 +214,10 @@ impl Table {
                 Err(corruption) => return issue(corruption),
             };
             match self.layout.owner_of(index) {
-                Some(EntryOwner::Bitmap(_)) => partial = None,
+                Some(EntryOwner::Bitmap(_)) => {
+                    partial = None;
+                    census.bitmaps.push(start);
+                }
                 _ => census.allocated += 1,
             }
             if entry.state() == state::PARTIALLY_PRESENT {
@@ -279,6 +289,11 @@ impl Bat {
     /// The entry of a payload block.
     pub(super) fn block(&self, block: u64) -> Result<BatEntry, ImageError> {
         self.entry(self.table.layout.index_of(block))
+    }
+
+    /// Where the sector bitmap block of a chunk is, in bytes.
+    pub(super) fn bitmap_offset(&self, chunk: u64) -> Result<Option<u64>, ImageError> {
+        Ok(self.entry(self.table.layout.bitmap_index(chunk))?.data_offset())
     }
 
     fn entry(&self, index: u64) -> Result<BatEntry, ImageError> {

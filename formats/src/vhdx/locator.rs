@@ -249,8 +249,12 @@ mod tests {
     #[test]
     fn a_path_that_backslashes_would_change_is_refused() {
         for path in ["", "/a\\b", "/a\0", &"/a".repeat(2049)] {
-            let link =
-                NewParentLink { id: Uuid::from_u128(1), next_id: None, relative: None, absolute: path.into() };
+            let link = NewParentLink {
+                id: Uuid::from_u128(1),
+                next_id: None,
+                relative: None,
+                absolute: path.into(),
+            };
             assert_eq!(encode(&link).unwrap_err().kind, ErrorKind::InvalidParameter, "{path:?}");
         }
     }

@@ -9,6 +9,8 @@ use crate::{ImageError, Storage};
 
 /// Pages of one entry at most.
 pub(super) const PAGES_MAX: usize = 64;
+/// No more of a log than this is used: what is logged and not yet applied is in memory too, and has to be replayed.
+const USED_MAX: u64 = 64 << 20;
 /// Bytes that stay free for an empty entry, which is what makes room.
 const RESERVE: u64 = 2 * SECTOR_LEN;
 
@@ -68,12 +70,12 @@ impl LogWriter {
 
     /// Whether an entry of so many pages has room.
     pub(super) fn has_room(&self, pages: usize) -> bool {
-        self.used + entry_len(pages) + RESERVE <= u64::from(self.len)
+        self.used + entry_len(pages) + RESERVE <= u64::from(self.len).min(USED_MAX)
     }
 
     /// Whether it is time to apply what is logged.
     pub(super) fn is_half_full(&self) -> bool {
-        self.used * 2 >= u64::from(self.len)
+        self.used * 2 >= u64::from(self.len).min(USED_MAX)
     }
 
     /// Writes an entry, without a sync. When it fails the log is as before.

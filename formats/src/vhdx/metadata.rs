@@ -305,6 +305,11 @@ impl BlockLayout {
         block + block / self.chunk_ratio
     }
 
+    /// Index in the BAT of the sector bitmap block of a chunk.
+    pub(super) fn bitmap_index(&self, chunk: u64) -> u64 {
+        (chunk + 1) * (self.chunk_ratio + 1) - 1
+    }
+
     /// Whose entry `index` is; `None` for padding behind the last payload block.
     pub(super) fn owner_of(&self, index: u64) -> Option<EntryOwner> {
         let (chunk, inner) = (index / (self.chunk_ratio + 1), index % (self.chunk_ratio + 1));

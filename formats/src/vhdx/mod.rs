@@ -1,21 +1,24 @@
-//! VHDX (MS-VHDX): fixed and dynamic images with sectors of 512 and 4096 bytes.
+//! VHDX (MS-VHDX): fixed, dynamic and differencing images with sectors of 512 and 4096 bytes.
 //!
 //! ```text
 //!   parse ─► headers, log replayed (over the file, or into it), regions, metadata, BAT: all validated
 //!   bat.rs     the map in memory, read without a lock
 //!   space.rs   which MiB of the file are taken
 //!   session.rs changes: log entries, checkpoints, reclaiming space
+//!   layer.rs   differencing: which sectors are the image's own; bitmap.rs: how the file says it
 //! ```
 //!
 //! Section numbers in this module are those of MS-VHDX v6.0.
 
 mod bat;
+mod bitmap;
 mod check;
 mod compact;
 mod corruption;
 mod create;
 mod guid;
 mod header;
+mod layer;
 mod le;
 mod locator;
 mod log_entry;
@@ -34,9 +37,10 @@ mod space;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::own::{OwnSectors, PAGES_MAX};
 use crate::{
     AllocState, ByteSpan, ErrorKind, Extent, FileIndex, Format, Geometry, Image, ImageError, ImageType,
-    Piece, Pieces, Place, Storage, SyncToken, ZeroMode,
+    LayerOptions, ParentLink, Piece, Pieces, Place, Storage, SyncToken, ZeroMode,
 };
 
 pub use check::check;
@@ -48,9 +52,11 @@ pub use relink::relink;
 pub use resize::{ParentIsZero, resize, resize_over};
 
 use bat::{Bat, state};
+use bitmap::Bitmaps;
+use layer::Differences;
 use metadata::Metadata;
 use parse::{Parsed, parse};
-use session::Inner;
+use session::{Inner, SessionIds};
 
 /// Everything is placed on multiples of this.
 const MIB: u64 = 1 << 20;
@@ -71,6 +77,8 @@ pub struct Vhdx {
     metadata: Metadata,
     facts: Facts,
     bat: Bat,
+    /// What a differencing image has more.
+    diff: Option<Differences>,
     inner: Mutex<Inner>,
     /// Held for a whole checkpoint; taken before `inner`.
     checkpointing: Mutex<()>,
@@ -174,54 +182,90 @@ fn strict(storage: &Arc<dyn Storage>) -> Result<Parsed, ImageError> {
 }
 
 /// Replays the log into the file and leaves it without one (2.3.3).
-fn replay(storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
+fn replay(storage: &Arc<dyn Storage>, parsed: Parsed) -> Result<(), ImageError> {
+    replay_as(Guid::random(), storage, parsed)
+}
+
+/// The same with a given FileWriteGuid.
+fn replay_as(file_write: Guid, storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
     let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
     // Before the file is changed in any way (2.2.2, FileWriteGuid).
-    parsed.headers.update(&**storage, |h| h.file_write = Guid::random())?;
+    parsed.headers.update(&**storage, |h| h.file_write = file_write)?;
     overlay.apply(&**storage)?;
     parsed.headers.update_both(&**storage, |h| h.log_guid = Guid::ZERO)?;
     Ok(())
 }
 
 impl Vhdx {
-    /// Opens an image. For writing, a log that was left is replayed into the file first; for reading, over it.
+    /// Opens an image that needs no parent. For writing, a log that was left is replayed into the file first; for reading,
+    /// over it.
     ///
     /// # Errors
     /// [`ErrorKind::WrongFormat`]; [`ErrorKind::Corrupt`] with the rule that is broken; [`ErrorKind::Parent`] for a
     /// differencing image; what the file says.
     pub fn open(storage: Arc<dyn Storage>, read_only: bool) -> Result<Self, ImageError> {
-        let mut parsed = strict(&storage)?;
+        let parsed = strict(&storage)?;
         if parsed.metadata.has_parent {
             return Err(parent_needed(&parsed));
         }
+        Self::open_parsed(storage, parsed, &LayerOptions { read_only, ..LayerOptions::default() })
+    }
+
+    /// Opens an image of any type by itself; of a differencing one this is the layer that [`crate::Chain`] puts on its
+    /// parents. Its notes (see [`LayerOptions::notes`]) are bound to the FileWriteGuid: where a killed process has left some
+    /// for the session that the file is in, that session goes on under its id until the image is closed.
+    ///
+    /// # Errors
+    /// As [`Self::open`] (but for [`ErrorKind::Parent`]), and what the notes file says.
+    pub fn open_layer(storage: Arc<dyn Storage>, options: &LayerOptions) -> Result<Self, ImageError> {
+        let parsed = strict(&storage)?;
+        Self::open_parsed(storage, parsed, options)
+    }
+
+    fn open_parsed(
+        storage: Arc<dyn Storage>,
+        mut parsed: Parsed,
+        options: &LayerOptions,
+    ) -> Result<Self, ImageError> {
         let was_dirty = parsed.overlay.is_some();
-        if !read_only {
+        let (own, ids) = own_sectors(&parsed, options)?;
+        if !options.read_only {
             parsed.headers.current.validate_for_writing()?;
             if was_dirty {
-                replay(&storage, parsed)?;
+                replay_as(ids.file_write, &storage, parsed)?;
                 // The log may have changed anything: all of it is read again as it is now.
                 parsed = strict(&storage)?;
             }
         }
         let payload = if parsed.log_reaches_payload() { parsed.view.clone() } else { storage.clone() };
         let facts = Facts::of(&storage, &parsed, was_dirty)?;
-        let Parsed { headers, metadata, table, census, space, view, .. } = parsed;
+        let Parsed { headers, metadata, table, census, space, view, locator, .. } = parsed;
         let file_len = storage.len().map_err(|e| ImageError::io("reading the size of the file", e))?;
-        Ok(Self {
+        let diff = own.zip(locator).map(|(own, locator)| Differences {
+            own,
+            bitmaps: Bitmaps::new(view.clone(), &metadata),
+            link: locator.link(),
+        });
+        let image = Self {
             files: vec![payload],
             bat: Bat::new(view, table, &census),
+            diff,
             storage,
-            read_only,
+            read_only: options.read_only,
             metadata,
             facts,
-            inner: Mutex::new(Inner::new(headers, space, file_len)),
+            inner: Mutex::new(Inner::new(headers, space, file_len, ids)),
             checkpointing: Mutex::default(),
             started: AtomicBool::new(false),
             events: AtomicU64::new(0),
             durable: AtomicU64::new(0),
             wants_maintenance: AtomicBool::new(false),
             poisoned: OnceLock::new(),
-        })
+        };
+        if let Some(diff) = image.diff.as_ref().filter(|_| !options.read_only) {
+            image.drop_stale_notes(diff)?;
+        }
+        Ok(image)
     }
 
     /// What the image said of itself when it was opened.
@@ -265,6 +309,16 @@ impl Vhdx {
         Ok(())
     }
 
+    /// Whether a part of the file holds data, and for how long that goes on, at most `len` (above 0).
+    fn state_in_file(&self, start: u64, len: u64) -> Result<(u64, AllocState), ImageError> {
+        let data = self.files[0].next_data(start).map_err(|e| ImageError::io("looking for holes", e))?;
+        Ok(match data.filter(|(from, _)| *from < start + len) {
+            None => (len, AllocState::Zero),
+            Some((from, to)) if from <= start => (to.min(start + len) - start, AllocState::Data),
+            Some((from, _)) => (from - start, AllocState::Zero),
+        })
+    }
+
     fn block_place(&self, block: u64) -> Result<Option<u64>, ImageError> {
         Ok(self.bat.block(block)?.data_offset())
     }
@@ -278,24 +332,55 @@ impl Vhdx {
     fn extent_at(&self, offset: u64) -> Result<(u64, AllocState), ImageError> {
         let (block, within) = (offset / self.block_size(), offset % self.block_size());
         let left = self.block_len(block) - within;
-        let entry = self.bat.block(block)?;
-        let Some(place) = entry.data_offset() else {
-            let run = self.bat.absent_run(block);
-            if run > 1 {
-                let end = ((block + run) * self.block_size()).min(self.metadata.virtual_size);
-                return Ok((end - offset, AllocState::Absent));
+        loop {
+            let entry = self.bat.block(block)?;
+            let Some(place) = entry.data_offset() else {
+                let run = self.bat.absent_run(block);
+                if run > 1 {
+                    let end = ((block + run) * self.block_size()).min(self.metadata.virtual_size);
+                    return Ok((end - offset, AllocState::Absent));
+                }
+                let zero = match &self.diff {
+                    Some(_) => entry.state() != state::NOT_PRESENT,
+                    None => entry.state() == state::ZERO,
+                };
+                return Ok((left, if zero { AllocState::Zero } else { AllocState::Absent }));
+            };
+            match &self.diff {
+                Some(diff) if entry.state() == state::PARTIALLY_PRESENT => {
+                    if let Some(found) = self.extent_in_partial(diff, (block, entry), offset)? {
+                        return Ok(found);
+                    }
+                }
+                _ => return self.state_in_file(place + within, left),
             }
-            let zero = entry.state() == state::ZERO;
-            return Ok((left, if zero { AllocState::Zero } else { AllocState::Absent }));
-        };
-        let (start, end) = (place + within, place + within + left);
-        let data = self.files[0].next_data(start).map_err(|e| ImageError::io("looking for holes", e))?;
-        Ok(match data.filter(|(from, _)| *from < end) {
-            None => (left, AllocState::Zero),
-            Some((from, to)) if from <= start => (to.min(end) - start, AllocState::Data),
-            Some((from, _)) => (from - start, AllocState::Zero),
-        })
+        }
     }
+}
+
+/// The own sectors of a differencing image, and the ids that a session of changes is to get.
+fn own_sectors(
+    parsed: &Parsed,
+    options: &LayerOptions,
+) -> Result<(Option<OwnSectors>, SessionIds), ImageError> {
+    let data_write = options.next_content_id.map(|id| Guid(id.to_bytes_le()));
+    let mut ids = SessionIds { file_write: Guid::random(), data_write };
+    if !parsed.metadata.has_parent {
+        return Ok((None, ids));
+    }
+    let sectors = parsed.metadata.virtual_size / u64::from(parsed.metadata.logical_sector);
+    let open =
+        |id: Guid| OwnSectors::new(sectors, PAGES_MAX, options.notes.clone().map(|notes| (notes, id.0)));
+    let left = open(parsed.headers.current.file_write)?;
+    if options.read_only {
+        return Ok((Some(left), ids));
+    }
+    if left.has_pending() {
+        // Notes have to name the file's session at any moment, so this is the same one that was interrupted.
+        ids.file_write = parsed.headers.current.file_write;
+        return Ok((Some(left), ids));
+    }
+    Ok((Some(open(ids.file_write)?), ids))
 }
 
 fn parent_needed(parsed: &Parsed) -> ImageError {
@@ -303,9 +388,7 @@ fn parent_needed(parsed: &Parsed) -> ImageError {
     let paths = paths.collect::<Vec<_>>().join(", ");
     ImageError::new(
         ErrorKind::Parent,
-        format!(
-            "a differencing image, whose parent was not found: parents can't be opened yet (the image names {paths})"
-        ),
+        format!("a differencing image, which can't be read without its parent (the image names {paths})"),
     )
 }
 
@@ -337,6 +420,10 @@ impl Image for Vhdx {
 
     fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError> {
         self.check_span(at)?;
+        if let Some(diff) = &self.diff {
+            return self
+                .for_each_block(at, |block, within, len| self.read_block(diff, (block, within, len), out));
+        }
         self.for_each_block(at, |block, within, len| {
             let place = match self.block_place(block)? {
                 Some(offset) => Place::File { file: FileIndex::TOP, offset: offset + within },
@@ -382,36 +469,26 @@ impl Image for Vhdx {
     }
 
     fn map_zero(&self, at: ByteSpan, mode: ZeroMode, out: &mut Pieces) -> Result<(), ImageError> {
-        self.check_span(at)?;
-        self.check_writable()?;
-        self.begin_session()?;
-        let may_unmap = mode == ZeroMode::Unmap && !self.metadata.leave_allocated;
-        let mut whole = Vec::new();
-        self.for_each_block(at, |block, within, len| {
-            if let Some(offset) = self.block_place(block)? {
-                if may_unmap && len == self.block_len(block) {
-                    whole.push(block);
-                } else {
-                    out.push(Piece {
-                        len,
-                        place: Place::File { file: FileIndex::TOP, offset: offset + within },
-                    });
-                }
-            }
-            Ok(())
-        })?;
-        if whole.is_empty() { Ok(()) } else { self.unmap(&whole) }
+        self.zero(at, mode, &|_| Ok(false), out)
     }
 
-    fn wrote(&self, _at: ByteSpan) -> Result<(), ImageError> {
-        Ok(())
+    fn wrote(&self, at: ByteSpan) -> Result<(), ImageError> {
+        let Some(diff) = &self.diff else { return Ok(()) };
+        self.check_span(at)?;
+        self.for_each_block(at, |block, within, len| self.wrote_in(diff, (block, within, len)))
     }
 
     fn sync_begin(&self) -> SyncToken {
-        SyncToken(self.events.load(Ordering::Acquire))
+        match &self.diff {
+            Some(diff) => self.begin_sync(diff),
+            None => SyncToken(self.events.load(Ordering::Acquire)),
+        }
     }
 
     fn sync_done(&self, token: SyncToken) -> Result<Option<SyncToken>, ImageError> {
+        if let Some(diff) = &self.diff {
+            return self.end_sync(diff, token);
+        }
         self.note_synced(token);
         Ok(None)
     }
@@ -432,7 +509,7 @@ impl Image for Vhdx {
             return Ok(());
         }
         self.check_writable()?;
-        self.sync_file()
+        self.sync_and_record()
     }
 
     fn close(&self) -> Result<(), ImageError> {
@@ -476,8 +553,8 @@ impl Image for Vhdx {
         Some(uuid::Uuid::from_bytes_le(self.inner().headers.current.data_write.0))
     }
 
-    fn parent_link(&self) -> Option<&crate::ParentLink> {
-        None
+    fn parent_link(&self) -> Option<&ParentLink> {
+        self.diff.as_ref().map(|diff| &diff.link)
     }
 
     fn begin_changes(&self) -> Result<(), ImageError> {

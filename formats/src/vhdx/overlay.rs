@@ -72,9 +72,12 @@ impl Overlay {
         Ok(Self { inner, patches: patches.map, len: end })
     }
 
-    /// Whether the log changes anything that none of these ranges holds.
+    /// Whether the log changes anything that none of these ranges holds. They are sorted and disjoint.
     pub(super) fn touches_outside(&self, ranges: &[(u64, u64)]) -> bool {
-        self.patches.iter().any(|(&start, patch)| !ranges.iter().any(|r| start >= r.0 && patch.end <= r.1))
+        self.patches.iter().any(|(&start, patch)| {
+            let before = ranges.partition_point(|r| r.0 <= start);
+            before == 0 || patch.end > ranges[before - 1].1
+        })
     }
 
     /// Whether the file is longer once the log is replayed.

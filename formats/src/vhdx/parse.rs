@@ -81,7 +81,9 @@ impl Parsed {
         let Some(overlay) = &self.overlay else { return false };
         let tables = (TABLE_OFFSETS[0], TABLE_OFFSETS[1] + TABLE_SIZE as u64);
         let regions = self.regions.all().map(|(_, r)| (r.offset, r.offset + u64::from(r.len)));
-        let metadata: Vec<(u64, u64)> = std::iter::once(tables).chain(regions).collect();
+        let bitmaps = self.census.bitmaps.iter().map(|unit| (unit * MIB, (unit + 1) * MIB));
+        let mut metadata: Vec<(u64, u64)> = std::iter::once(tables).chain(regions).chain(bitmaps).collect();
+        metadata.sort_unstable();
         overlay.extends() || overlay.touches_outside(&metadata)
     }
 }

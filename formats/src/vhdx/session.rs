@@ -8,11 +8,12 @@
 //!
 //! Locks, in this order: `checkpointing`, then `inner`. `inner` is held only for work in memory and for writing the log.
 
-use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
-use std::sync::{MutexGuard, PoisonError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
-use super::bat::{BatEntry, PAGE_ENTRIES};
+use super::bat::{BatEntry, PAGE_ENTRIES, state};
+use super::bitmap::BitmapPage;
 use super::guid::Guid;
 use super::header::{HeaderWriteError, Headers};
 use super::log_writer::{LogWriter, PAGES_MAX};
@@ -44,10 +45,61 @@ pub(super) struct Inner {
     dirty: BTreeMap<u64, u64>,
     /// Blocks that are out of the map but may still be written to: (first unit, units).
     freed: Vec<(u64, u64)>,
+    /// Chunks that got their sector bitmap from us: it has no old bits.
+    pub(super) new_chunks: BTreeSet<u64>,
+    /// The last entry that recorded bits of own sectors, as an event.
+    pub(super) recorded: u64,
+    ids: SessionIds,
+}
+
+/// The ids that the first change of a session writes into the headers (2.2.2).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct SessionIds {
+    /// FileWriteGuid: one for as long as the image is open.
+    pub(super) file_write: Guid,
+    /// DataWriteGuid of the first session, where it is given.
+    pub(super) data_write: Option<Guid>,
+}
+
+/// Changes of metadata that one entry of the log makes.
+#[derive(Debug, Default)]
+pub(super) struct Changes {
+    /// Entries of the BAT by index, in the order in which they are to be shown.
+    pub(super) entries: Vec<(u64, BatEntry)>,
+    /// Pages of sector bitmaps, by their offset in the file.
+    pub(super) bitmaps: Vec<(u64, Arc<BitmapPage>)>,
+    /// Chunks that get their sector bitmap.
+    pub(super) new_chunks: Vec<u64>,
+    /// Space that was taken for them: (first unit, units).
+    taken: Vec<(u64, u64)>,
+    /// Space that nothing uses any more when they are made.
+    freed: Vec<(u64, u64)>,
+    /// Blocks whose own sectors are forgotten.
+    forgotten: Vec<u64>,
+}
+
+impl Changes {
+    /// Takes room for a payload block; its first unit.
+    pub(super) fn take_block(&mut self, inner: &mut Inner, units: u64) -> u64 {
+        let start = inner.space.allocate();
+        self.taken.push((start, units));
+        start
+    }
+
+    /// Takes room for a sector bitmap block; its unit.
+    pub(super) fn take_bitmap(&mut self, inner: &mut Inner) -> u64 {
+        let unit = inner.space.allocate_units(1);
+        self.taken.push((unit, 1));
+        unit
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.bitmaps.is_empty()
+    }
 }
 
 impl Inner {
-    pub(super) fn new(headers: Headers, space: Space, file_len: u64) -> Self {
+    pub(super) fn new(headers: Headers, space: Space, file_len: u64, ids: SessionIds) -> Self {
         Self {
             headers,
             space,
@@ -57,6 +109,9 @@ impl Inner {
             log: None,
             dirty: BTreeMap::new(),
             freed: Vec::new(),
+            new_chunks: BTreeSet::new(),
+            recorded: 0,
+            ids,
         }
     }
 
@@ -85,11 +140,11 @@ impl Vhdx {
     }
 
     /// The next event in the order that tokens count; the caller holds `inner`, and says when it has happened.
-    fn next_event(&self) -> u64 {
+    pub(super) fn next_event(&self) -> u64 {
         self.events.load(Ordering::Relaxed) + 1
     }
 
-    fn happened(&self, event: u64) {
+    pub(super) fn happened(&self, event: u64) {
         self.events.store(event, Ordering::Release);
     }
 
@@ -156,11 +211,13 @@ impl Vhdx {
         log.append(&*self.storage, event, flushed, last, &[])?;
         self.happened(event);
         self.sync_file()?;
-        let (guid, file_write, data_write) = (log.guid(), Guid::random(), Guid::random());
+        let (guid, file_write) = (log.guid(), inner.ids.file_write);
+        let data_write = inner.ids.data_write.unwrap_or_else(Guid::random);
         let updated = inner.headers.update_both(&*self.storage, |h| {
             (h.log_guid, h.file_write, h.data_write) = (guid, file_write, data_write);
         });
         self.header_written(updated)?;
+        inner.ids.data_write = None;
         inner.log = Some(log);
         self.started.store(true, Ordering::Release);
         Ok(())
@@ -183,63 +240,77 @@ impl Vhdx {
 
     /// Gives a place to every block of the range that has none.
     pub(super) fn allocate(&self, blocks: std::ops::RangeInclusive<u64>) -> Result<(), ImageError> {
-        self.change(|inner| {
-            let mut changes = Vec::new();
+        self.change(|inner, changes| {
+            if let Some(diff) = &self.diff {
+                return self.plan_places(diff, inner, blocks.clone(), changes);
+            }
+            let layout = self.bat.layout();
             for block in blocks.clone() {
                 if self.bat.block(block)?.data_offset().is_none() {
-                    changes
-                        .push((self.bat.layout().index_of(block), BatEntry::present(inner.space.allocate())));
-                    if changes.len() as u64 == PAGE_ENTRIES {
+                    let place = changes.take_block(inner, layout.units_per_block());
+                    changes.entries.push((layout.index_of(block), BatEntry::present(place)));
+                    if changes.entries.len() as u64 == PAGE_ENTRIES {
                         break;
                     }
                 }
             }
-            Ok(changes)
+            Ok(())
         })
     }
 
-    /// Takes the places of blocks away, which then read as zeroes.
+    /// Takes the places of blocks away, which then read as zeroes, whatever the parent holds.
     pub(super) fn unmap(&self, blocks: &[u64]) -> Result<(), ImageError> {
         // As many blocks at once as have their entries on the pages that fit an entry of the log.
         let page_of = |block: &u64| self.bat.layout().index_of(*block) / PAGE_ENTRIES;
         for some in blocks.chunk_by(|a, b| page_of(a) / PAGES_MAX as u64 == page_of(b) / PAGES_MAX as u64) {
-            let freed = std::cell::RefCell::new(Vec::new());
-            self.change(|_| {
-                let mut changes = Vec::new();
+            self.change(|_, changes| {
                 for &block in some {
-                    if let Some(offset) = self.bat.block(block)?.data_offset() {
-                        changes.push((self.bat.layout().index_of(block), BatEntry::ZERO));
-                        freed.borrow_mut().push((offset / MIB, self.bat.layout().units_per_block()));
+                    let entry = self.bat.block(block)?;
+                    let is_parents = self.diff.is_some() && entry.state() == state::NOT_PRESENT;
+                    if entry.data_offset().is_some() || is_parents {
+                        changes.entries.push((self.bat.layout().index_of(block), BatEntry::ZERO));
+                    }
+                    if entry.data_offset().is_some() {
+                        changes.freed.push((entry.unit(), self.bat.layout().units_per_block()));
+                    }
+                    if entry.state() == state::PARTIALLY_PRESENT {
+                        changes.forgotten.push(block);
                     }
                 }
-                Ok(changes)
+                Ok(())
             })?;
-            self.inner().freed.extend(freed.into_inner());
             self.wants_maintenance.store(true, Ordering::Relaxed);
         }
         Ok(())
     }
 
+    /// Whether the log has room for an entry of any size.
+    pub(super) fn has_room(&self, inner: &mut Inner) -> bool {
+        inner.note_durable(self.durable.load(Ordering::Acquire));
+        inner.log().has_room(PAGES_MAX)
+    }
+
     /// Logs and shows the changes that `plan` asks for, until it asks for none. Makes room in the log where there is none.
     fn change(
         &self,
-        plan: impl Fn(&mut Inner) -> Result<Vec<(u64, BatEntry)>, ImageError>,
+        plan: impl Fn(&mut Inner, &mut Changes) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
         loop {
             self.check_writable()?;
             let mut inner = self.inner();
-            inner.note_durable(self.durable.load(Ordering::Acquire));
-            if !inner.log().has_room(PAGES_MAX) {
+            if !self.has_room(&mut inner) {
                 drop(inner);
                 self.checkpoint(true)?;
                 continue;
             }
-            let changes = plan(&mut inner)?;
-            if changes.is_empty() {
+            let mut changes = Changes::default();
+            let planned = plan(&mut inner, &mut changes);
+            if planned.is_ok() && changes.is_empty() {
                 return Ok(());
             }
-            if let Err(e) = self.log_changes(&mut inner, &changes) {
-                self.take_back(&mut inner, &changes);
+            if let Err(e) = planned.and_then(|()| self.log_changes(&mut inner, &changes)) {
+                // Puts back what was taken. Nothing was written there.
+                changes.taken.iter().for_each(|(start, units)| inner.space.give_zeroed(*start, *units));
                 return Err(e);
             }
             if inner.log().is_half_full() {
@@ -248,16 +319,21 @@ impl Vhdx {
         }
     }
 
-    fn log_changes(&self, inner: &mut Inner, changes: &[(u64, BatEntry)]) -> Result<(), ImageError> {
-        let units = self.bat.layout().units_per_block();
-        let ends = changes.iter().filter_map(|(_, entry)| entry.data_offset()).map(|at| at + units * MIB);
+    /// Writes one entry of the log, and shows what it changes.
+    pub(super) fn log_changes(&self, inner: &mut Inner, changes: &Changes) -> Result<(), ImageError> {
+        let ends = changes.taken.iter().map(|(start, units)| (start + units) * MIB);
         self.grow(inner, ends.max().unwrap_or(0))?;
-        let mut pages: Vec<u64> = changes.iter().map(|(index, _)| index / PAGE_ENTRIES).collect();
+        let mut pages: Vec<u64> = changes.entries.iter().map(|(index, _)| index / PAGE_ENTRIES).collect();
         pages.sort_unstable();
         pages.dedup();
-        assert!(pages.len() <= PAGES_MAX, "changes are planned so that their pages fit an entry");
-        let encoded =
-            pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, changes)?)));
+        assert!(
+            pages.len() + changes.bitmaps.len() <= PAGES_MAX,
+            "changes are planned so that their pages fit an entry"
+        );
+        let encoded = pages
+            .iter()
+            .map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, &changes.entries)?)))
+            .chain(changes.bitmaps.iter().map(|(offset, page)| Ok((*offset, page.to_vec()))));
         let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
         let event = self.next_event();
         let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
@@ -269,19 +345,23 @@ impl Vhdx {
         }
         let sequence = inner.log().sequence();
         inner.dirty.extend(pages.into_iter().map(|page| (page, sequence)));
-        for (index, entry) in changes {
+        if let Some(diff) = &self.diff {
+            diff.bitmaps.logged(changes.bitmaps.iter().cloned(), sequence);
+        }
+        for (index, entry) in &changes.entries {
             self.bat.publish(*index, *entry);
         }
         self.happened(event);
-        Ok(())
-    }
-
-    /// Puts back what was taken for changes that could not be logged. Nothing was written there.
-    fn take_back(&self, inner: &mut Inner, changes: &[(u64, BatEntry)]) {
-        let units = self.bat.layout().units_per_block();
-        for entry in changes.iter().filter_map(|(_, entry)| entry.data_offset()) {
-            inner.space.give_zeroed(entry / MIB, units);
+        inner.freed.extend(&changes.freed);
+        inner.new_chunks.extend(&changes.new_chunks);
+        // Readers that find fewer bits from here on find the new entry too.
+        fence(Ordering::Release);
+        for (diff, block) in
+            self.diff.iter().flat_map(|diff| changes.forgotten.iter().map(move |b| (diff, *b)))
+        {
+            diff.own.clear(block * diff.bitmaps.block_sectors, self.sectors_of(block));
         }
+        Ok(())
     }
 
     /// Extends the file, ahead of need, so that it holds `end` bytes. What is new is a hole that reads as zeroes.
@@ -315,7 +395,7 @@ impl Vhdx {
     pub(super) fn checkpoint(&self, urgent: bool) -> Result<(), ImageError> {
         let _one = self.checkpointing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_writable()?;
-        let (pages, sequence) = {
+        let (pages, bitmaps, sequence) = {
             let mut inner = self.inner();
             let Some(log) = &inner.log else { return Ok(()) };
             let sequence = log.sequence();
@@ -327,8 +407,9 @@ impl Vhdx {
             let encoded =
                 pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, &[])?)));
             let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
+            let bitmaps = self.diff.as_ref().map(|diff| diff.bitmaps.all_dirty()).unwrap_or_default();
             inner.note_durable(self.durable.load(Ordering::Acquire));
-            (encoded, sequence)
+            (encoded, bitmaps, sequence)
         };
         // Log entries first: a page in its place must not be newer than what replay ends with.
         self.sync_file()?;
@@ -336,7 +417,11 @@ impl Vhdx {
             let written = self.storage.write_at(page, *offset);
             written.map_err(|e| ImageError::io(format!("writing the BAT at {offset:#x}"), e))?;
         }
-        if !pages.is_empty() {
+        for (offset, page) in &bitmaps {
+            let written = self.storage.write_at(&page[..], *offset);
+            written.map_err(|e| ImageError::io(format!("writing the sector bitmap at {offset:#x}"), e))?;
+        }
+        if !pages.is_empty() || !bitmaps.is_empty() {
             self.sync_file()?;
         }
         self.advance_tail(sequence)?;
@@ -352,6 +437,9 @@ impl Vhdx {
         let mut inner = self.inner();
         inner.note_durable(self.durable.load(Ordering::Acquire));
         inner.dirty.retain(|_, last| *last > sequence);
+        if let Some(diff) = &self.diff {
+            diff.bitmaps.applied(sequence);
+        }
         inner.log().applied(sequence);
         let event = self.next_event();
         let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
@@ -396,6 +484,9 @@ impl Vhdx {
 
     /// Ends the session: everything in its place, the log empty, no slack at the end.
     pub(super) fn end_session(&self) -> Result<(), ImageError> {
+        if self.diff.as_ref().is_some_and(|diff| diff.own.has_pending()) {
+            self.sync_and_record()?;
+        }
         if !self.started.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -403,7 +494,8 @@ impl Vhdx {
         self.checkpoint(false)?;
         self.sync_file()?;
         let mut inner = self.inner();
-        assert!(inner.dirty.is_empty(), "nothing may be mapped while an image is closed");
+        let bitmaps_clean = self.diff.as_ref().is_none_or(|diff| diff.bitmaps.is_clean());
+        assert!(inner.dirty.is_empty() && bitmaps_clean, "nothing may be mapped while an image is closed");
         let updated = inner.headers.update_both(&*self.storage, |h| h.log_guid = Guid::ZERO);
         self.header_written(updated)?;
         inner.log = None;
@@ -415,18 +507,31 @@ impl Vhdx {
             inner.growths.clear();
             self.sync_file()?;
         }
+        if let Some(diff) = &self.diff
+            && let Err(e) = diff.own.drop_notes()
+        {
+            // What they say is recorded, and for this FileWriteGuid it stays true.
+            tracing::warn!("dropping the notes of a closed image: {e}");
+        }
         Ok(())
+    }
+
+    /// Whether everything that is logged is in its place.
+    fn is_applied(&self) -> bool {
+        let inner = self.inner();
+        inner.dirty.is_empty() && self.diff.as_ref().is_none_or(|diff| diff.bitmaps.is_clean())
     }
 
     /// What `maintain` does when it is wanted.
     pub(super) fn look_after(&self, quiesce: &dyn Fn()) -> Result<(), ImageError> {
-        if !self.started.load(Ordering::Acquire) {
+        let pending = self.diff.as_ref().is_some_and(|diff| diff.own.has_pending());
+        if !pending && !self.started.load(Ordering::Acquire) {
             return Ok(());
         }
         self.wants_maintenance.store(false, Ordering::Relaxed);
-        let is_clean = self.inner().dirty.is_empty();
-        let done =
-            if is_clean { Ok(()) } else { self.checkpoint(false) }.and_then(|()| self.reclaim(quiesce));
+        let done = if pending { self.sync_and_record() } else { Ok(()) }
+            .and_then(|()| if self.is_applied() { Ok(()) } else { self.checkpoint(false) })
+            .and_then(|()| self.reclaim(quiesce));
         if done.is_err() {
             // To be tried again when somebody next asks.
             self.wants_maintenance.store(true, Ordering::Relaxed);

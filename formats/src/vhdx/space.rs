@@ -68,7 +68,11 @@ impl Space {
 
     /// Takes room for one block: zeroed space if there is some, else what follows the end.
     pub(super) fn allocate(&mut self) -> u64 {
-        let n = self.units_per_block;
+        self.allocate_units(self.units_per_block)
+    }
+
+    /// Takes room for a structure of `n` units in the same way.
+    pub(super) fn allocate_units(&mut self, n: u64) -> u64 {
         let Some((&start, &len)) = self.pool.iter().find(|(_, len)| **len >= n) else {
             let start = self.end;
             self.set(start, n);
