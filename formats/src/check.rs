@@ -75,7 +75,7 @@ pub fn check(path: impl AsRef<Path>, format: Option<Format>, repair: bool) -> Re
 /// damage: `chain-parent`.
 ///
 /// # Errors
-/// As [`check`]; when something that was named is not there.
+/// As [`check`].
 pub fn check_with_parents(
     path: impl AsRef<Path>,
     format: Option<Format>,
@@ -83,7 +83,7 @@ pub fn check_with_parents(
     parents: &[PathBuf],
 ) -> Result<CheckReport, OpenError> {
     let path = path.as_ref();
-    let mut gate = Gate::new(parents, true)?;
+    let mut gate = Gate::new(parents, true);
     let mut report = check(path, format, repair)?;
     let file = open_file(path, true)?;
     let format = choose_format(path, &file, format)?;

@@ -90,7 +90,7 @@ pub struct ParentInfo {
 /// [`OpenOptions::parents`](crate::OpenOptions::parents). That one is missing is told in the result, and no error.
 ///
 /// # Errors
-/// As [`info`]; when something that was named is not there.
+/// As [`info`].
 pub fn info_with_parents(
     path: impl AsRef<Path>,
     format: Option<Format>,
@@ -98,7 +98,7 @@ pub fn info_with_parents(
 ) -> Result<ImageInfo, OpenError> {
     let path = path.as_ref();
     let mut info = info(path, format)?;
-    let mut gate = Gate::new(parents, false)?;
+    let mut gate = Gate::new(parents, false);
     if info.image_type == ImageType::Differencing && !parents.is_empty() {
         let file = open_file(path, true)?;
         let id = FileId::of(&file).map_err(|e| at(path, ImageError::io("looking at the file", e)))?;

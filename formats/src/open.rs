@@ -86,13 +86,12 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Ima
         let raw = Raw::open(Arc::new(FileStorage::new(file)), options.read_only);
         return Ok(Arc::new(raw.map_err(|e| at(path, e))?));
     }
-    // Before anything is written to the image: what was named may not be there.
-    let mut gate = Gate::new(&options.parents, options.lock)?;
     let id = FileId::of(&file).map_err(|e| refused(path, options.read_only, e))?;
     let layer = open_layer(path, format, file, id, options)?;
     if layer.image_type() != ImageType::Differencing {
         return Ok(layer);
     }
+    let mut gate = Gate::new(&options.parents, options.lock);
     let walk = gate.walk(Child { path, image: &*layer, file: id });
     if let Some(missing) = walk.missing {
         return Err(missing.into());

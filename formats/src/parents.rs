@@ -157,26 +157,18 @@ struct NamedFile {
 type Tried = Vec<(String, Arc<Refusal>)>;
 
 impl Gate {
-    /// Takes what the operator named: folders, and files. With `lock`, parents are locked against writers.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] when something that was named is not there.
-    pub(crate) fn new(named: &[PathBuf], lock: bool) -> Result<Self, OpenError> {
+    /// Takes what the operator named: folders, and files. With `lock`, parents are locked against writers. What is not
+    /// there is told when a parent is not found: it may be that it is needed no more.
+    pub(crate) fn new(named: &[PathBuf], lock: bool) -> Self {
         let mut gate = Self { folders: Vec::new(), files: Vec::new(), lock, forbidden: Vec::new() };
         for path in named {
-            let refused = |e: io::Error| OpenError {
-                path: path.clone(),
-                kind: ErrorKind::Io,
-                message: format!("this was named as a place of parents, and cannot be looked at: {e}"),
-                source: Some(e),
-            };
-            if path.metadata().map_err(refused)?.is_dir() {
-                gate.folders.push(Folder::open(path).map_err(refused)?);
-            } else {
-                gate.files.push(NamedFile { path: path.clone(), seen: None });
+            match Folder::open(path) {
+                Ok(folder) => gate.folders.push(folder),
+                // It is none, or cannot be looked at, which opening it as a file will tell.
+                Err(_) => gate.files.push(NamedFile { path: path.clone(), seen: None }),
             }
         }
-        Ok(gate)
+        gate
     }
 
     /// Lets no chain come to this file.
@@ -464,4 +456,68 @@ fn missing(child: &Path, link: &ParentLink, tried: &Tried, nothing_named: bool) 
     );
     let kind = if locked { ErrorKind::Locked } else { ErrorKind::Parent };
     Missing { child: child.to_owned(), kind, id: link.ids.first().copied(), reason, message }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ParentPath;
+
+    /// What is looked for in the folder `/d` for a child in `/d/vm`, or why not.
+    fn looked_for(kind: ParentPathKind, text: &str) -> Vec<Result<String, &'static str>> {
+        let mut folder = Folder::open(Path::new("/")).unwrap();
+        folder.real = "/d".into();
+        let path = ParentPath { kind, text: text.into() };
+        let link = ParentLink { format: Format::Vhd, ids: vec![], paths: vec![path] };
+        let search = Search { link: &link, sector: 512, folder: Some(Path::new("/d/vm")), files: &[] };
+        let shown = |path: PathBuf| path.to_str().unwrap().to_owned();
+        candidates(&folder, &search).into_iter().map(|c| c.map(shown).map_err(|(_, why)| why)).collect()
+    }
+
+    fn found(kind: ParentPathKind, text: &str) -> Vec<String> {
+        looked_for(kind, text).into_iter().map(Result::unwrap).collect()
+    }
+
+    #[test]
+    fn a_relative_path_counts_from_the_childs_folder_and_then_by_its_last_name() {
+        use ParentPathKind::Relative;
+        assert_eq!(found(Relative, ".\\p.vhd"), ["vm/p.vhd", "p.vhd"]);
+        assert_eq!(found(Relative, "..\\base\\p.vhd"), ["base/p.vhd", "p.vhd"]);
+        assert_eq!(found(Relative, "..\\p.vhd"), ["p.vhd"], "each once");
+        let out = looked_for(Relative, "..\\..\\p.vhd");
+        assert_eq!(out, [Err("its path leads out of the folder"), Ok("p.vhd".into())]);
+        assert_eq!(found(Relative, "\\d\\x\\p.vhd"), ["x/p.vhd", "p.vhd"], "not relative at all");
+    }
+
+    #[test]
+    fn an_absolute_path_counts_where_it_leads_into_the_folder() {
+        use ParentPathKind::{Absolute, Name};
+        assert_eq!(found(Absolute, "\\d\\base\\p.vhd"), ["base/p.vhd", "p.vhd"]);
+        assert_eq!(found(Absolute, "\\dd\\p.vhd"), ["p.vhd"]);
+        assert_eq!(found(Absolute, "\\d\\..\\e\\p.vhd"), ["p.vhd"], "nothing that goes up");
+        assert_eq!(found(Absolute, "C:\\d\\base\\p.vhd"), ["p.vhd"]);
+        assert_eq!(found(Name, "C:\\disks\\p.vhd"), ["p.vhd"]);
+        assert!(looked_for(Absolute, "\\d\\..").iter().all(Result::is_err));
+        assert!(looked_for(Absolute, "\\d").iter().all(|c| *c == Ok("d".into())));
+    }
+
+    #[test]
+    fn only_file_urls_are_decoded_and_a_name_stays_one_name() {
+        use ParentPathKind::{Absolute, Relative};
+        assert_eq!(found(Absolute, "file://localhost/d/a%20b/p%2Evhd"), ["a b/p.vhd", "p.vhd"]);
+        assert_eq!(found(Absolute, "file:///d/100%/p%zz"), ["100%/p%zz", "p%zz"]);
+        assert_eq!(found(Absolute, "file:///%2e%2e/%2E%2E/p"), ["p"]);
+        for text in
+            ["file:///d/..%2f..%2fetc", "file:///d/a%5cb", "file:///d/%00", "file:///%ff", "file://host"]
+        {
+            assert!(looked_for(Absolute, text).iter().all(Result::is_err), "{text}");
+        }
+        assert!(found(Relative, "%2e%2e\\p").contains(&"vm/%2e%2e/p".to_owned()));
+    }
+
+    #[test]
+    fn texts_are_shown_without_what_acts_on_a_terminal() {
+        assert_eq!(shown_text("a\u{1b}[2J\u{202e}\\é\n"), "a\\u{1b}[2J\\u{202e}\\é\\u{a}");
+        assert_eq!(shown_text(&"x".repeat(121)), format!("{}...", "x".repeat(120)));
+    }
 }

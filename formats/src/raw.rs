@@ -109,14 +109,12 @@ pub fn compact(
 /// The grain of holes, in bytes.
 const HOLE: u64 = 64 << 10;
 
+/// Gets the offset of a run and what is there; `false` ends it.
+type EachRun<'a> = &'a mut dyn FnMut(u64, &[u8]) -> Result<bool, ImageError>;
+
 /// Calls `each` with what the file holds from `start` to `end` and is no hole, at most [`HOLE`] bytes at a time, until it
 /// answers `false`.
-fn for_each_run(
-    storage: &dyn Storage,
-    start: u64,
-    end: u64,
-    each: &mut dyn FnMut(u64, &[u8]) -> Result<bool, ImageError>,
-) -> Result<(), ImageError> {
+fn for_each_run(storage: &dyn Storage, start: u64, end: u64, each: EachRun<'_>) -> Result<(), ImageError> {
     let mut buffer = vec![0; HOLE as usize];
     let mut offset = start;
     while offset < end {

@@ -136,7 +136,7 @@ impl<'a> NewParent<'a> {
 
     /// A chain that ends in a base, and nowhere comes to the child again.
     fn check_chain(&self, child: FileId, parents: &[PathBuf]) -> Result<(), OpenError> {
-        let mut gate = Gate::new(parents, true)?;
+        let mut gate = Gate::new(parents, true);
         gate.forbid(child);
         let top: &dyn Layer = &*self.image;
         gate.walk(Child { path: self.path, image: top, file: self.file })

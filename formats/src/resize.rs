@@ -51,7 +51,7 @@ pub fn resize_with_parents(
     parents: &[PathBuf],
 ) -> Result<(), OpenError> {
     let path = path.as_ref();
-    let mut gate = Gate::new(parents, true)?;
+    let mut gate = Gate::new(parents, true);
     let (format, storage) = open_exclusively(path, format)?;
     let chain = if parents.is_empty() { None } else { read_only_chain(path, format, &storage, &mut gate)? };
     match (format, chain) {
