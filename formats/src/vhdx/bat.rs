@@ -181,14 +181,16 @@ impl Table {
     }
 
     /// Validates every entry against the rules and against `space`, in which the blocks are marked. What is wrong goes
-    /// to `issue`, which may stop the validation.
+    /// to `issue`, which may stop the validation. `None`: there is no room for the table.
     pub(super) fn validate(
         &self,
         view: &dyn Storage,
         space: &mut Space,
         issue: &mut dyn FnMut(Corruption) -> Result<(), Stop>,
-    ) -> Result<Census, Stop> {
-        self.validate_size()?;
+    ) -> Result<Option<Census>, Stop> {
+        if let Err(corruption) = self.validate_size() {
+            return issue(corruption).map(|()| None);
+        }
         let populated = vec![0; self.pages().div_ceil(64) as usize];
         let mut census = Census { populated, ..Census::default() };
         let mut anchors = false;
@@ -233,7 +235,7 @@ impl Table {
         if anchors {
             self.mark_anchors(view, space)?;
         }
-        Ok(census)
+        Ok(Some(census))
     }
 
     /// Blocks that were unmapped may keep their old place. Nothing is read from there, but nothing else is put there

@@ -14,7 +14,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
-use super::bat::{BatEntry, PAGE_ENTRIES, state};
+use super::bat::{BatEntry, state};
 use super::log_writer::PAGES_MAX;
 use super::metadata::EntryOwner;
 use super::offline::{Content, Offline, Pages, copy_within, first_data, for_each_data, punch};
@@ -101,12 +101,11 @@ fn data_bytes(storage: &dyn Storage) -> Result<u64, ImageError> {
 /// Takes their place from blocks that do not need it.
 fn drop_unused(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<(), ImageError> {
     let mut image = Offline::open(storage)?;
-    let (table, layout) = (image.parsed.table, image.layout());
-    let mut pages = Pages::default();
-    let (mut last_partial, mut last_page) = (None, None);
-    table.stream(&**storage, |index, entry| {
+    let layout = image.layout();
+    let mut last_partial = None;
+    image.rewrite_entries(|index, entry| {
         let chunk = index / (layout.chunk_ratio + 1);
-        let changed = match layout.owner_of(index) {
+        Ok(match layout.owner_of(index) {
             None => entry,
             Some(EntryOwner::Bitmap(_)) if last_partial == Some(chunk) => entry,
             Some(EntryOwner::Bitmap(_)) => BatEntry(0),
@@ -127,18 +126,8 @@ fn drop_unused(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<(), 
                 // The place of a block without data is not looked at, and keeps others from being put there.
                 state => BatEntry(state.into()),
             },
-        };
-        if changed != entry {
-            image.begin(Content::Stays)?;
-            if pages.len() == PAGES_MAX && last_page != Some(index / PAGE_ENTRIES) {
-                image.commit(std::mem::take(&mut pages))?;
-            }
-            last_page = Some(index / PAGE_ENTRIES);
-            pages.put(&**storage, image.entry_place(index), &changed.0.to_le_bytes())?;
-        }
-        Ok(())
+        })
     })?;
-    image.commit(pages)?;
     image.close()
 }
 
@@ -261,12 +250,7 @@ struct Holes {
 
 impl Holes {
     fn of(space: &Space, block_units: u64) -> Self {
-        let mut runs = Vec::new();
-        for_each_gap(space, |start, len| {
-            runs.push((start, len));
-            runs.len() < ROUND
-        });
-        Self { runs, for_blocks: 0, block_units }
+        Self { runs: space.gaps().take(ROUND).collect(), for_blocks: 0, block_units }
     }
 
     /// Takes room for `units` units before `below`. The smallest structures take what is too short for others first.
@@ -288,38 +272,10 @@ impl Holes {
     }
 }
 
-/// Calls `each` with the runs of units below the end that nothing uses, until it says no.
-fn for_each_gap(space: &Space, mut each: impl FnMut(u64, u64) -> bool) {
-    let mut unit = 0;
-    while unit < space.end() {
-        let start = unit;
-        while unit < space.end() && !space.is_used(unit) {
-            unit += 1;
-        }
-        if unit > start && !each(start, unit - start) {
-            return;
-        }
-        unit += 1;
-    }
-}
-
 /// Cuts the file behind its last structure, and makes holes of what is not used in it.
 fn trim(storage: &Arc<dyn Storage>) -> Result<(), ImageError> {
     let mut image = Offline::open(storage)?;
-    let mut failed = None;
-    let mut gaps = Vec::new();
-    for_each_gap(&image.parsed.space, |start, len| {
-        let (from, to) = (start * MIB, (start + len) * MIB);
-        let found = for_each_data(&**storage, from, to, |_, _| {
-            gaps.push((from, to - from));
-            Ok(false)
-        });
-        failed = found.err();
-        failed.is_none()
-    });
-    if let Some(e) = failed {
-        return Err(e);
-    }
+    let gaps = gaps_with_data(&**storage, &image.parsed.space)?;
     if gaps.is_empty() && image.slack() == 0 {
         return Ok(());
     }
@@ -328,4 +284,17 @@ fn trim(storage: &Arc<dyn Storage>) -> Result<(), ImageError> {
         punch(&**storage, at, len)?;
     }
     image.close()
+}
+
+/// The gaps between structures that are no holes: (offset, bytes).
+pub(super) fn gaps_with_data(storage: &dyn Storage, space: &Space) -> Result<Vec<(u64, u64)>, ImageError> {
+    let mut found = Vec::new();
+    for (start, len) in space.gaps() {
+        let (from, to) = (start * MIB, (start + len) * MIB);
+        for_each_data(storage, from, to, |_, _| {
+            found.push((from, to - from));
+            Ok(false)
+        })?;
+    }
+    Ok(found)
 }

@@ -3,6 +3,7 @@
 use super::corruption::{Corruption, Stop};
 use super::guid::Guid;
 use super::le::{bytes_at, put, u16_at, u32_at, u64_at};
+use super::parse::OnIssue;
 use super::{HEADER_SECTION, MAX_FILE_SIZE, MIB};
 use crate::{ErrorKind, ImageError, Storage};
 
@@ -33,7 +34,7 @@ pub(super) struct Header {
 
 impl Header {
     /// Decodes a header whose signature and checksum are right; says what is wrong else.
-    fn decode(buf: &[u8]) -> Result<Self, &'static str> {
+    pub(super) fn decode(buf: &[u8]) -> Result<Self, &'static str> {
         if buf[..4] != SIGNATURE[..] {
             return Err("bad signature");
         }
@@ -69,29 +70,31 @@ impl Header {
         buf
     }
 
-    /// Checks the fields that do not depend on other structures but the file's length.
-    fn validate(&self, file_len: u64) -> Result<(), Corruption> {
+    /// What is wrong with the fields, as far as that does not depend on other structures but the file's length.
+    fn broken_rules(&self, file_len: u64) -> Vec<Corruption> {
+        let mut broken = Vec::new();
         if self.version != 1 {
-            return Err(Corruption::Version { version: self.version });
+            broken.push(Corruption::Version { version: self.version });
         }
         let dirty = !self.log_guid.is_zero();
         if dirty && self.log_version != 0 {
-            return Err(Corruption::LogVersion { version: self.log_version });
+            broken.push(Corruption::LogVersion { version: self.log_version });
         }
         let (len, offset) = (self.log_len, self.log_offset);
         if !u64::from(len).is_multiple_of(MIB) || len > MAX_LOG || (dirty && len == 0) {
-            return Err(Corruption::LogLength { len });
+            broken.push(Corruption::LogLength { len });
         }
         if len == 0 {
-            return Ok(());
+            return broken;
         }
         if !offset.is_multiple_of(MIB) || offset < MIB {
-            return Err(Corruption::LogOffset { offset });
+            broken.push(Corruption::LogOffset { offset });
         }
-        match offset.checked_add(len.into()) {
-            Some(end) if end <= file_len => Ok(()),
-            _ => Err(Corruption::BeyondEnd { what: "the log".into(), offset, len: len.into(), file_len }),
+        if offset.checked_add(len.into()).is_none_or(|end| end > file_len) {
+            let what = "the log".into();
+            broken.push(Corruption::BeyondEnd { what, offset, len: len.into(), file_len });
         }
+        broken
     }
 
     /// Whether a session of changes may begin.
@@ -122,8 +125,12 @@ pub(super) struct Headers {
     pub(super) spare: Option<Corruption>,
 }
 
-/// Reads the file type identifier and both headers and chooses the current one.
-pub(super) fn read_headers(storage: &dyn Storage) -> Result<Headers, Stop> {
+/// Reads the file type identifier and both headers and chooses the current one. `None`: there is none, which `issue` was
+/// told. Broken rules of the current one go to `issue` as well.
+///
+/// # Errors
+/// [`ErrorKind::WrongFormat`] for what is no VHDX; what the file or `issue` says.
+pub(super) fn read_headers(storage: &dyn Storage, issue: OnIssue<'_>) -> Result<Option<Headers>, Stop> {
     let io = |e| ImageError::io("reading the headers", e);
     let file_len = storage.len().map_err(io)?;
     let mut signature = [0; 8];
@@ -136,10 +143,10 @@ pub(super) fn read_headers(storage: &dyn Storage) -> Result<Headers, Stop> {
         return Err(ImageError::new(ErrorKind::WrongFormat, message).into());
     }
     if file_len < HEADER_SECTION {
-        return Err(Corruption::FileTooShort { len: file_len }.into());
+        return issue(Corruption::FileTooShort { len: file_len }).map(|()| None);
     }
     if file_len > MAX_FILE_SIZE {
-        return Err(Corruption::FileTooLarge { len: file_len }.into());
+        return issue(Corruption::FileTooLarge { len: file_len }).map(|()| None);
     }
     let mut decoded = [const { Err("") }; 2];
     for (slot, offset) in HEADER_OFFSETS.into_iter().enumerate() {
@@ -147,9 +154,14 @@ pub(super) fn read_headers(storage: &dyn Storage) -> Result<Headers, Stop> {
         storage.read_at(&mut buf, offset).map_err(io)?;
         decoded[slot] = Header::decode(&buf);
     }
-    let headers = choose(decoded)?;
-    headers.current.validate(file_len)?;
-    Ok(headers)
+    match choose(decoded) {
+        Err(corruption) => issue(corruption).map(|()| None),
+        Ok(headers) => {
+            headers.current.broken_rules(file_len).into_iter().try_for_each(issue)?;
+            // What another version means is not known.
+            Ok(Some(headers).filter(|headers| headers.current.version == 1))
+        }
+    }
 }
 
 fn choose(decoded: [Result<Header, &'static str>; 2]) -> Result<Headers, Corruption> {

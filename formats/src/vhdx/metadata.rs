@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use super::corruption::{Corruption, Stop};
 use super::guid::Guid;
 use super::le::{bytes_at, put, u16_at, u32_at};
+use super::parse::OnIssue;
 use super::region::Region;
 use super::{MAX_VIRTUAL_SIZE, MIB};
 use crate::{ImageError, Storage};
@@ -16,7 +17,7 @@ const MAX_ENTRIES: u16 = 2047;
 const MAX_USER_ENTRIES: usize = 1024;
 const MAX_ITEM: u32 = 1 << 20;
 
-const FILE_PARAMETERS: Guid = Guid::from_digits(0xCAA16737_FA36_4D43_B3B6_33F0AA44E76B);
+pub(super) const FILE_PARAMETERS: Guid = Guid::from_digits(0xCAA16737_FA36_4D43_B3B6_33F0AA44E76B);
 pub(super) const VIRTUAL_SIZE: Guid = Guid::from_digits(0x2FA54224_CD1B_4876_B211_5DBED83BF4B8);
 const DISK_ID: Guid = Guid::from_digits(0xBECA12AB_B2E6_4523_93EF_C309E000C746);
 const LOGICAL_SECTOR: Guid = Guid::from_digits(0x8141BF1D_A96F_4709_BA47_F233A8FAAB5F);
@@ -55,7 +56,7 @@ pub(super) struct Item {
     /// From the start of the region.
     pub(super) offset: u32,
     pub(super) len: u32,
-    flags: u32,
+    pub(super) flags: u32,
 }
 
 impl Item {
@@ -76,89 +77,137 @@ struct Reader<'a> {
     items: Vec<Item>,
 }
 
-/// Reads and validates the metadata table: its entries, in their order.
-pub(super) fn read_items(storage: &dyn Storage, region: Region) -> Result<Vec<Item>, Stop> {
+/// Reads and validates the metadata table: its entries, in their order. `None`: it is none. What is wrong goes to `issue`;
+/// an item that breaks a rule is not among those that are returned.
+fn read_items(storage: &dyn Storage, region: Region, issue: OnIssue<'_>) -> Result<Option<Vec<Item>>, Stop> {
+    let table = read_table(storage, region)?;
+    parse_table(&table, region, issue)
+}
+
+/// The entries of the metadata table of an image that was validated.
+pub(super) fn valid_items(storage: &dyn Storage, region: Region) -> Result<Vec<Item>, ImageError> {
+    let items = read_items(storage, region, &mut |corruption| Err(corruption.into()))?;
+    Ok(items.expect("what is wrong stops the reading"))
+}
+
+/// The flags that an item has according to its kind (2.6.2); `None` for one that is not known.
+pub(super) fn usual_flags(item: &Item) -> Option<u32> {
+    match item.id {
+        _ if item.is_user() => None,
+        FILE_PARAMETERS | PARENT_LOCATOR => Some(FLAG_REQUIRED),
+        VIRTUAL_SIZE | DISK_ID | LOGICAL_SECTOR | PHYSICAL_SECTOR => Some(FLAG_VIRTUAL_DISK | FLAG_REQUIRED),
+        _ => None,
+    }
+}
+
+/// The raw metadata table.
+pub(super) fn read_table(storage: &dyn Storage, region: Region) -> Result<Vec<u8>, ImageError> {
     let mut table = vec![0; TABLE_SIZE];
     storage
         .read_at(&mut table, region.offset)
         .map_err(|e| ImageError::io("reading the metadata table", e))?;
-    Ok(parse_table(&table, region)?)
+    Ok(table)
 }
 
-/// Reads and validates the metadata.
-pub(super) fn read_metadata(storage: &dyn Storage, region: Region) -> Result<Metadata, Stop> {
-    let items = read_items(storage, region)?;
+/// Reads and validates the metadata. `None` where it does not say what the disk is; what is wrong goes to `issue`.
+pub(super) fn read_metadata(
+    storage: &dyn Storage,
+    region: Region,
+    issue: OnIssue<'_>,
+) -> Result<Option<Metadata>, Stop> {
+    let Some(items) = read_items(storage, region, issue)? else { return Ok(None) };
     let reader = Reader { storage, region, items };
-    let parameters: [u8; 8] = reader.item(FILE_PARAMETERS, "File Parameters")?;
-    let size: [u8; 8] = reader.item(VIRTUAL_SIZE, "Virtual Disk Size")?;
-    let logical: [u8; 4] = reader.item(LOGICAL_SECTOR, "Logical Sector Size")?;
-    let physical: [u8; 4] = reader.item(PHYSICAL_SECTOR, "Physical Sector Size")?;
+    let parameters: Option<[u8; 8]> = reader.item(FILE_PARAMETERS, "File Parameters", issue)?;
+    let size: Option<[u8; 8]> = reader.item(VIRTUAL_SIZE, "Virtual Disk Size", issue)?;
+    let logical: Option<[u8; 4]> = reader.item(LOGICAL_SECTOR, "Logical Sector Size", issue)?;
+    let physical: Option<[u8; 4]> = reader.item(PHYSICAL_SECTOR, "Physical Sector Size", issue)?;
+    let disk_id: Option<[u8; 16]> = reader.item(DISK_ID, "Virtual Disk ID", issue)?;
+    let (Some(parameters), Some(size), Some(logical), Some(physical), Some(disk_id)) =
+        (parameters, size, logical, physical, disk_id)
+    else {
+        return Ok(None);
+    };
     let flags = u32_at(&parameters, 4);
     let metadata = Metadata {
         block_size: u32_at(&parameters, 0),
         leave_allocated: flags & 1 != 0,
         has_parent: flags & 2 != 0,
         virtual_size: u64::from_le_bytes(size),
-        disk_id: Guid(reader.item(DISK_ID, "Virtual Disk ID")?),
+        disk_id: Guid(disk_id),
         logical_sector: u32::from_le_bytes(logical),
         physical_sector: u32::from_le_bytes(physical),
         locator: reader.optional(PARENT_LOCATOR)?,
     };
-    validate(&metadata)?;
-    Ok(metadata)
+    let broken = broken_rules(&metadata);
+    let usable = broken.is_empty();
+    broken.into_iter().try_for_each(issue)?;
+    Ok(usable.then_some(metadata))
 }
 
-fn validate(metadata: &Metadata) -> Result<(), Corruption> {
+fn broken_rules(metadata: &Metadata) -> Vec<Corruption> {
+    let mut broken = Vec::new();
     let block = metadata.block_size;
     if !block.is_power_of_two() || !(1 << 20..=256 << 20).contains(&block) {
-        return Err(Corruption::BlockSize { value: block });
+        broken.push(Corruption::BlockSize { value: block });
     }
     let sizes = [("Logical", metadata.logical_sector), ("Physical", metadata.physical_sector)];
     for (which, value) in sizes {
         if value != 512 && value != 4096 {
-            return Err(Corruption::SectorSize { which, value });
+            broken.push(Corruption::SectorSize { which, value });
         }
     }
     let (value, sector) = (metadata.virtual_size, metadata.logical_sector);
-    if value == 0 || value > MAX_VIRTUAL_SIZE || !value.is_multiple_of(sector.into()) {
-        return Err(Corruption::VirtualSize { value, sector });
+    // Of a sector size that is not possible that was said already.
+    let aligned = ![512, 4096].contains(&sector) || value.is_multiple_of(sector.into());
+    if value == 0 || value > MAX_VIRTUAL_SIZE || !aligned {
+        broken.push(Corruption::VirtualSize { value, sector });
     }
     if metadata.has_parent && metadata.locator.is_none() {
-        return Err(Corruption::MetadataMissing { what: "Parent Locator" });
+        broken.push(Corruption::MetadataMissing { what: "Parent Locator" });
     }
-    Ok(())
+    broken
 }
 
-fn parse_table(table: &[u8], region: Region) -> Result<Vec<Item>, Corruption> {
-    let bad = |reason| Corruption::MetadataTable { offset: region.offset, reason };
-    if table[..8] != SIGNATURE[..] {
-        return Err(bad("bad signature"));
-    }
-    let count = u16_at(table, 10);
-    if count > MAX_ENTRIES {
-        return Err(bad("EntryCount above 2047"));
-    }
-    let mut items = Vec::with_capacity(count.into());
-    let mut seen = BTreeSet::new();
-    for index in 0..usize::from(count) {
+/// The entries of a raw metadata table that has its signature and no more entries than fit.
+pub(super) fn entries_of(table: &[u8]) -> impl Iterator<Item = Item> {
+    (0..usize::from(u16_at(table, 10)).min(MAX_ENTRIES.into())).map(|index| {
         let entry = &table[32 + index * 32..64 + index * 32];
-        let item = Item {
+        Item {
             id: Guid(bytes_at(entry, 0)),
             offset: u32_at(entry, 16),
             len: u32_at(entry, 20),
             flags: u32_at(entry, 24),
-        };
-        validate_item(&item, region)?;
-        if !seen.insert((item.id, item.flags & FLAG_USER)) {
-            return Err(Corruption::MetadataDuplicate { item: item.id });
         }
-        items.push(item);
+    })
+}
+
+fn parse_table(table: &[u8], region: Region, issue: OnIssue<'_>) -> Result<Option<Vec<Item>>, Stop> {
+    let bad = |reason| Corruption::MetadataTable { offset: region.offset, reason };
+    if table[..8] != SIGNATURE[..] {
+        return issue(bad("bad signature")).map(|()| None);
     }
-    if items.iter().filter(|i| i.flags & FLAG_USER != 0).count() > MAX_USER_ENTRIES {
-        return Err(bad("more than 1024 user entries"));
+    if u16_at(table, 10) > MAX_ENTRIES {
+        return issue(bad("EntryCount above 2047")).map(|()| None);
     }
-    validate_overlap(&items)?;
-    Ok(items)
+    let mut items = Vec::new();
+    let mut seen = BTreeSet::new();
+    for item in entries_of(table) {
+        let unique = seen.insert((item.id, item.flags & FLAG_USER));
+        if let Err(corruption) = validate_item(&item, region) {
+            issue(corruption)?;
+        } else if !unique {
+            issue(Corruption::MetadataDuplicate { item: item.id })?;
+        } else {
+            items.push(item);
+        }
+    }
+    if items.iter().filter(|i| i.is_user()).count() > MAX_USER_ENTRIES {
+        issue(bad("more than 1024 user entries"))?;
+    }
+    if let Err(corruption) = validate_overlap(&items) {
+        issue(corruption)?;
+    }
+    Ok(Some(items))
 }
 
 fn validate_item(item: &Item, region: Region) -> Result<(), Corruption> {
@@ -212,16 +261,23 @@ impl Reader<'_> {
     }
 
     /// An item of exactly `N` bytes that has to be there.
-    fn item<const N: usize>(&self, id: Guid, what: &'static str) -> Result<[u8; N], Stop> {
-        let item = self.find(id).ok_or(Corruption::MetadataMissing { what })?;
+    fn item<const N: usize>(
+        &self,
+        id: Guid,
+        what: &'static str,
+        issue: OnIssue<'_>,
+    ) -> Result<Option<[u8; N]>, Stop> {
+        let Some(item) = self.find(id) else {
+            return issue(Corruption::MetadataMissing { what }).map(|()| None);
+        };
         if item.len as usize != N {
             let (offset, len) = (item.offset, item.len);
             let reason = "has not the length of its kind";
-            return Err(Corruption::MetadataItemPlace { item: id, offset, len, reason }.into());
+            return issue(Corruption::MetadataItemPlace { item: id, offset, len, reason }).map(|()| None);
         }
         let mut buf = [0; N];
         self.read(item, &mut buf)?;
-        Ok(buf)
+        Ok(Some(buf))
     }
 
     fn optional(&self, id: Guid) -> Result<Option<Vec<u8>>, Stop> {

@@ -10,6 +10,7 @@
 //!
 //! Section numbers in this module are those of MS-VHDX v6.0.
 
+mod audit;
 mod bat;
 mod bitmap;
 mod check;
@@ -178,7 +179,7 @@ pub fn inspect(storage: &Arc<dyn Storage>) -> Result<VhdxInfo, ImageError> {
 }
 
 fn strict(storage: &Arc<dyn Storage>) -> Result<Parsed, ImageError> {
-    Ok(parse(storage, &mut |corruption| Err(corruption.into()))?)
+    Ok(parse(storage)?)
 }
 
 /// Replays the log into the file and leaves it without one (2.3.3).

@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use super::bat::BatEntry;
+use super::bat::{BatEntry, PAGE_ENTRIES};
 use super::guid::Guid;
 use super::le::u64_at;
 use super::log_entry::{SECTOR, SECTOR_LEN};
@@ -22,7 +22,7 @@ use super::log_writer::{LogWriter, PAGES_MAX};
 use super::metadata::BlockLayout;
 use super::parse::Parsed;
 use super::region::{Region, TABLE_OFFSETS, table_with_region};
-use super::{MIB, replay, strict};
+use super::{MIB, strict};
 use crate::{ImageError, Storage};
 
 /// Bytes that are read or copied at once.
@@ -49,6 +49,9 @@ pub(super) struct Offline {
     log: Option<LogWriter>,
     /// Counts log entries.
     event: u64,
+    /// Whether the FileWriteGuid stays. A differencing image that was not closed may belong to a process that died and left
+    /// notes of sectors, which it finds again by that id: to them this is the same session.
+    keeps_id: bool,
 }
 
 impl Offline {
@@ -59,13 +62,20 @@ impl Offline {
     pub(super) fn open(storage: &Arc<dyn Storage>) -> Result<Self, ImageError> {
         let mut parsed = strict(storage)?;
         parsed.headers.current.validate_for_writing()?;
-        if parsed.overlay.is_some() {
-            replay(storage, parsed)?;
+        let was_dirty = parsed.overlay.is_some();
+        let keeps_id = was_dirty && parsed.metadata.has_parent;
+        if was_dirty {
+            replay(storage, parsed, keeps_id)?;
             parsed = strict(storage)?;
         }
         let file_len = storage.len().map_err(|e| ImageError::io("reading the size of the file", e))?;
         let end = parsed.space.end() * MIB;
-        Ok(Self { storage: storage.clone(), parsed, file_len, end, log: None, event: 0 })
+        Ok(Self { storage: storage.clone(), parsed, file_len, end, log: None, event: 0, keeps_id })
+    }
+
+    /// Whether a process that died may still count on what the file holds now, see `keeps_id`.
+    pub(super) fn is_unfinished(&self) -> bool {
+        self.keeps_id
     }
 
     pub(super) fn layout(&self) -> BlockLayout {
@@ -82,8 +92,9 @@ impl Offline {
         if self.log.is_some() {
             return Ok(());
         }
-        let headers = &mut self.parsed.headers;
-        headers.update(&*self.storage, |h| h.file_write = Guid::random())?;
+        let current = self.parsed.headers.current.file_write;
+        let file_write = if self.keeps_id { current } else { Guid::random() };
+        self.parsed.headers.update(&*self.storage, |h| h.file_write = file_write)?;
         // What lies behind the last structure may be what a crash has left of blocks that were never recorded; what is put
         // there has to begin as zeroes. A last block that is cut short by the end of the file becomes whole.
         if self.file_len != self.end {
@@ -165,6 +176,28 @@ impl Offline {
         self.parsed.regions.bat.offset + index * 8
     }
 
+    /// Makes every entry of the BAT that is not 0 what `decide` says, as many at once as fit a transaction.
+    pub(super) fn rewrite_entries(
+        &mut self,
+        mut decide: impl FnMut(u64, BatEntry) -> Result<BatEntry, ImageError>,
+    ) -> Result<(), ImageError> {
+        let (storage, table) = (self.storage.clone(), self.parsed.table);
+        let (mut pages, mut last_page) = (Pages::default(), None);
+        table.stream(&*storage, |index, entry| {
+            let changed = decide(index, entry)?;
+            if changed == entry {
+                return Ok(());
+            }
+            self.begin(Content::Stays)?;
+            if pages.len() == PAGES_MAX && last_page != Some(index / PAGE_ENTRIES) {
+                self.commit(std::mem::take(&mut pages))?;
+            }
+            last_page = Some(index / PAGE_ENTRIES);
+            Ok(pages.put(&*storage, self.entry_place(index), &changed.0.to_le_bytes())?)
+        })?;
+        self.commit(pages)
+    }
+
     /// Puts the changes of both region tables that give a region another place and length to `pages`.
     pub(super) fn put_region(
         &self,
@@ -185,6 +218,17 @@ impl Offline {
         }
         Ok(())
     }
+}
+
+/// Replays the log into the file and leaves it without one (2.3.3).
+fn replay(storage: &Arc<dyn Storage>, mut parsed: Parsed, keeps_id: bool) -> Result<(), ImageError> {
+    let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
+    let file_write = if keeps_id { parsed.headers.current.file_write } else { Guid::random() };
+    // Before the file is changed in any way (2.2.2, FileWriteGuid).
+    parsed.headers.update(&**storage, |h| h.file_write = file_write)?;
+    overlay.apply(&**storage)?;
+    parsed.headers.update_both(&**storage, |h| h.log_guid = Guid::ZERO)?;
+    Ok(())
 }
 
 /// Pages of metadata as they are to become, by their place in the file.

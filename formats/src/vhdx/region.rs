@@ -6,6 +6,7 @@ use super::MIB;
 use super::corruption::{Corruption, Stop};
 use super::guid::Guid;
 use super::le::{bytes_at, put, u32_at, u64_at};
+use super::parse::OnIssue;
 use crate::{ImageError, Storage};
 
 const SIGNATURE: &[u8; 4] = b"regi";
@@ -48,8 +49,8 @@ impl Regions {
     }
 }
 
-/// The raw tables, each with what is wrong with it.
-fn read_tables(storage: &dyn Storage) -> Result<[Result<Vec<u8>, &'static str>; 2], ImageError> {
+/// The raw tables, each or what is wrong with it.
+pub(super) fn read_tables(storage: &dyn Storage) -> Result<[Result<Vec<u8>, &'static str>; 2], ImageError> {
     let mut tables = [const { Err("") }; 2];
     for (table, offset) in tables.iter_mut().zip(TABLE_OFFSETS) {
         let mut buf = vec![0; TABLE_SIZE];
@@ -67,8 +68,8 @@ fn read_tables(storage: &dyn Storage) -> Result<[Result<Vec<u8>, &'static str>; 
     Ok(tables)
 }
 
-/// Reads the first valid region table.
-pub(super) fn read_regions(storage: &dyn Storage) -> Result<Regions, Stop> {
+/// Reads the first valid region table. `None` where the place of a known region is not known; what is wrong goes to `issue`.
+pub(super) fn read_regions(storage: &dyn Storage, issue: OnIssue<'_>) -> Result<Option<Regions>, Stop> {
     let bad = |index: u8, reason| Corruption::RegionTable {
         index,
         offset: TABLE_OFFSETS[usize::from(index) - 1],
@@ -81,14 +82,16 @@ pub(super) fn read_regions(storage: &dyn Storage) -> Result<Regions, Stop> {
         }
         [Ok(a), Err(reason)] => (a, Some(bad(2, reason))),
         [Err(reason), Ok(b)] => (b, Some(bad(1, reason))),
-        [Err(first), Err(second)] => return Err(Corruption::NoValidRegionTable { first, second }.into()),
+        [Err(first), Err(second)] => {
+            return issue(Corruption::NoValidRegionTable { first, second }).map(|()| None);
+        }
     };
-    let mut regions = parse(&table, storage.len().map_err(|e| ImageError::io("reading the size", e))?)?;
-    regions.spare = spare;
-    Ok(regions)
+    let file_len = storage.len().map_err(|e| ImageError::io("reading the size", e))?;
+    let regions = parse(&table, file_len, issue)?;
+    Ok(regions.map(|regions| Regions { spare, ..regions }))
 }
 
-fn parse(table: &[u8], file_len: u64) -> Result<Regions, Corruption> {
+fn parse(table: &[u8], file_len: u64, issue: OnIssue<'_>) -> Result<Option<Regions>, Stop> {
     let (mut bat, mut metadata, mut unknown) = (None, None, Vec::new());
     let mut seen = BTreeSet::new();
     for index in 0..u32_at(table, 8) as usize {
@@ -96,22 +99,32 @@ fn parse(table: &[u8], file_len: u64) -> Result<Regions, Corruption> {
         let region =
             Region { guid: Guid(bytes_at(entry, 0)), offset: u64_at(entry, 16), len: u32_at(entry, 24) };
         if !seen.insert(region.guid) {
-            return Err(Corruption::RegionDuplicate { guid: region.guid });
+            issue(Corruption::RegionDuplicate { guid: region.guid })?;
+            continue;
         }
         let required = u32_at(entry, 28) & 1 != 0;
         if required && region.guid != BAT && region.guid != METADATA {
-            return Err(Corruption::RegionUnknown { guid: region.guid });
+            issue(Corruption::RegionUnknown { guid: region.guid })?;
         }
-        validate_place(&region, file_len)?;
-        match region.guid {
-            BAT => bat = Some(limit(region, "BAT", MAX_BAT)?),
-            METADATA => metadata = Some(limit(region, "metadata", MAX_METADATA)?),
-            _ => unknown.push(region),
+        let placed = validate_place(&region, file_len).and_then(|()| match region.guid {
+            BAT => limit(region, "BAT", MAX_BAT),
+            METADATA => limit(region, "metadata", MAX_METADATA),
+            _ => Ok(region),
+        });
+        match placed {
+            Err(corruption) => issue(corruption)?,
+            Ok(region) if region.guid == BAT => bat = Some(region),
+            Ok(region) if region.guid == METADATA => metadata = Some(region),
+            Ok(region) => unknown.push(region),
         }
     }
-    let bat = bat.ok_or(Corruption::RegionMissing { what: "BAT" })?;
-    let metadata = metadata.ok_or(Corruption::RegionMissing { what: "metadata" })?;
-    Ok(Regions { bat, metadata, unknown, spare: None })
+    for (guid, what) in [(BAT, "BAT"), (METADATA, "metadata")] {
+        if !seen.contains(&guid) {
+            issue(Corruption::RegionMissing { what })?;
+        }
+    }
+    let known = bat.zip(metadata);
+    Ok(known.map(|(bat, metadata)| Regions { bat, metadata, unknown, spare: None }))
 }
 
 fn validate_place(region: &Region, file_len: u64) -> Result<(), Corruption> {
@@ -182,18 +195,4 @@ pub(super) fn table_with_region(
     let sum = checksum(&table);
     put(&mut table, 4, &sum.to_le_bytes());
     Ok(table)
-}
-
-/// Copies the valid table over the other one. `true` when there was something to mend.
-pub(super) fn repair_tables(storage: &dyn Storage) -> Result<bool, ImageError> {
-    let (good, offset) = match read_tables(storage)? {
-        [Ok(a), Ok(b)] if a != b => (a, TABLE_OFFSETS[1]),
-        [Ok(a), Err(_)] => (a, TABLE_OFFSETS[1]),
-        [Err(_), Ok(b)] => (b, TABLE_OFFSETS[0]),
-        _ => return Ok(false),
-    };
-    let io = |e| ImageError::io("writing the spare region table", e);
-    storage.write_at(&good, offset).map_err(io)?;
-    storage.sync().map_err(io)?;
-    Ok(true)
 }

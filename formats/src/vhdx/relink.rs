@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::le::put;
 use super::locator;
-use super::metadata::{Item, PARENT_LOCATOR, TABLE_SIZE, read_items};
+use super::metadata::{Item, PARENT_LOCATOR, TABLE_SIZE, valid_items};
 use super::offline::{Content, Offline, Pages, read};
 use crate::{ErrorKind, ImageError, NewParentLink, Storage};
 
@@ -27,7 +27,7 @@ pub fn relink(storage: &Arc<dyn Storage>, link: &NewParentLink) -> Result<(), Im
     }
     let content = locator::encode(link)?;
     let region = image.parsed.regions.metadata;
-    let items = read_items(&**storage, region)?;
+    let items = valid_items(&**storage, region)?;
     let is_locator = |item: &Item| item.id == PARENT_LOCATOR && !item.is_user();
     let index = items.iter().position(is_locator).expect("a differencing image has a locator");
     if unchanged(&**storage, region.offset, &items[index], &content)? {

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::bat::{BatEntry, PAGE_ENTRIES, state};
-use super::metadata::{BlockLayout, EntryOwner, Metadata, VIRTUAL_SIZE, read_items};
+use super::metadata::{BlockLayout, EntryOwner, Metadata, VIRTUAL_SIZE, valid_items};
 use super::offline::{CHUNK, Content, Offline, Pages, first_data, punch, read};
 use super::{MAX_VIRTUAL_SIZE, MIB};
 use crate::{ByteSpan, ErrorKind, ImageError, Storage};
@@ -74,6 +74,11 @@ pub fn resize_over(
         return Err(invalid(format!(
             "the disk has {old_size} bytes, and {new_size} is smaller: making it smaller has to be asked for (--shrink)"
         )));
+    }
+    if resize.image.is_unfinished() {
+        let message =
+            "the image was not closed, and who wrote to it last may not be done: open and close it first";
+        return Err(ImageError::new(ErrorKind::NeedsRepair, message));
     }
     resize.shrink()
 }
@@ -309,7 +314,7 @@ impl Resize<'_> {
     fn put_size(&mut self) -> Result<(), ImageError> {
         let region = self.image.parsed.regions.metadata;
         let storage = self.storage();
-        let items = read_items(&*storage, region)?;
+        let items = valid_items(&*storage, region)?;
         let item = items.iter().find(|item| item.id == VIRTUAL_SIZE && !item.is_user());
         let item = item.expect("validated with the image");
         self.pages.put(&*storage, region.offset + u64::from(item.offset), &self.new_size.to_le_bytes())

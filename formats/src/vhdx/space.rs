@@ -36,7 +36,7 @@ impl Space {
         self.end
     }
 
-    pub(super) fn is_used(&self, unit: u64) -> bool {
+    fn is_used(&self, unit: u64) -> bool {
         self.used.get((unit / 64) as usize).is_some_and(|word| word >> (unit % 64) & 1 == 1)
     }
 
@@ -150,6 +150,21 @@ impl Space {
         }
         self.cursor = self.cursor.min(self.end);
         self.end
+    }
+
+    /// The runs of units below the end that nothing uses, in order: (first unit, units).
+    pub(super) fn gaps(&self) -> impl Iterator<Item = (u64, u64)> {
+        let mut unit = 0;
+        std::iter::from_fn(move || {
+            while unit < self.end && self.is_used(unit) {
+                unit += 1;
+            }
+            let start = unit;
+            while unit < self.end && !self.is_used(unit) {
+                unit += 1;
+            }
+            (unit > start).then_some((start, unit - start))
+        })
     }
 
     /// Units below the end that nothing uses.
