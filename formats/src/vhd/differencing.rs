@@ -56,6 +56,8 @@ pub(super) struct Differencing {
     bitmaps: Mutex<u64>,
     /// Whether it was said that notes cannot be written.
     notes_failed: AtomicBool,
+    /// Whether the last attempt to write bits failed: maintenance leaves it to the next flush to try again.
+    record_failed: AtomicBool,
 }
 
 impl Differencing {
@@ -69,6 +71,7 @@ impl Differencing {
             tokens: AtomicU64::new(0),
             bitmaps: Mutex::new(0),
             notes_failed: AtomicBool::new(false),
+            record_failed: AtomicBool::new(false),
         };
         disk.forget_impossible_notes();
         Ok(disk)
@@ -226,6 +229,7 @@ impl Differencing {
         let done = self.write_bits(ranges);
         // After the writing, and also where a part of it failed: tokens up to this one were given before.
         **written_at = self.tokens.load(Ordering::SeqCst);
+        self.record_failed.store(done.is_err(), Ordering::Relaxed);
         match done {
             Ok(()) => self.own.recorded(ranges),
             // What was written of it is written again.
@@ -293,12 +297,19 @@ impl Differencing {
         Ok(())
     }
 
+    /// Whether so much is pending that it is time to settle it, in an image that takes writes.
+    fn wants_settling(&self) -> bool {
+        self.own.is_crowded()
+            && !self.record_failed.load(Ordering::Relaxed)
+            && self.blocks.check_writable().is_ok()
+    }
+
     pub(super) fn wants_maintenance(&self) -> bool {
-        (!self.blocks.is_read_only() && self.own.is_crowded()) || self.blocks.wants_maintenance()
+        self.wants_settling() || self.blocks.wants_maintenance()
     }
 
     pub(super) fn maintain(&self) -> Result<(), ImageError> {
-        if !self.blocks.is_read_only() && self.own.is_crowded() {
+        if self.wants_settling() {
             self.settle()?;
         }
         self.blocks.maintain()

@@ -6,8 +6,8 @@ mod vhd_diff;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use formats::{ByteSpan, Image, Pieces, Storage};
-use formats_tests::{SimStorage, read_payload, write_payload};
+use formats::{ByteSpan, ErrorKind, Image, Pieces, Storage};
+use formats_tests::{Fault, SimStorage, read_payload, write_payload};
 use vhd_diff::{BOOT, OTHER_BOOT, base, chain, child, content, layer, notes};
 
 const BLOCK: u64 = 4096;
@@ -125,6 +125,37 @@ fn more_scattered_writes_than_can_be_pending_go_on() {
         sectors.clone().find(|&at| read[at as usize..at as usize + 1024] != [[1; 512], [0; 512]].concat());
     assert_eq!(wrong, None);
     assert_eq!(file.len().unwrap(), 0);
+}
+
+#[test]
+fn maintenance_does_not_try_again_and_again_what_fails() {
+    for error in [std::io::ErrorKind::StorageFull, std::io::ErrorKind::Other] {
+        let (sim, _) = family(BLOCK as u32);
+        let file = SimStorage::new();
+        let top = layer(&sim, false, notes(file.clone(), BOOT)).unwrap();
+        write_payload(&*top, 0, &content(1, 512)).unwrap();
+        top.maintain(&|| ()).unwrap();
+        assert!(!top.wants_maintenance());
+        // Notes fail, and the bits that are to be written instead fail too: the sync before them does not.
+        file.inject(Fault { after: 0, lasting: true, error, partial: false });
+        sim.inject(Fault { after: 2, lasting: true, error, partial: false });
+        let failed = write_payload(&*top, 512, &content(2, 512)).unwrap_err();
+        assert!(matches!(failed.kind, ErrorKind::NoSpace | ErrorKind::Io), "{failed}");
+        assert!(!top.wants_maintenance());
+        top.maintain(&|| ()).unwrap();
+        sim.clear_fault();
+        let flushed = top.commit();
+        assert_eq!(flushed.is_ok(), error == std::io::ErrorKind::StorageFull, "{flushed:?}");
+        if flushed.is_ok() {
+            let reader = layer(&SimStorage::from_disk(sim.durable_contents()), true, None).unwrap();
+            let mut out = Pieces::new();
+            reader.map_read(ByteSpan::new(0, 1024), &mut out).unwrap();
+            assert!(
+                matches!(out.as_slice(), [p] if matches!(p.place, formats::Place::File { .. })),
+                "{out:?}"
+            );
+        }
+    }
 }
 
 /// Threads write and flush on their own. What a flush said to be durable is there after a power cut at that moment.
