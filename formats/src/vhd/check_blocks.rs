@@ -33,7 +33,9 @@ pub(super) fn look_at_blocks(exam: &mut Exam<'_>, found: &Found, known: &Known) 
     if !faults.is_empty() {
         return Ok(());
     }
-    let structures_end = known.structures.iter().map(|s| s.end).max().unwrap_or(0);
+    let locators = if found.disk_type == DiskType::Differencing { &known.header.locators[..] } else { &[] };
+    let reserved = locators.iter().map(|l| l.reserved_end(limit));
+    let structures_end = known.structures.iter().map(|s| s.end).chain(reserved).max().unwrap_or(0);
     let header = known.header.clone();
     let body =
         Body { header, shape: *shape, table, structures_end, blocks_end, surplus, parent_paths: Vec::new() };

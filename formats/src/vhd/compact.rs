@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!   1  blocks that say nothing (all zeroes; of a differencing disk: no sector of its own) are cleared │ their entries
-//!   2  blocks from the end of the file are copied into holes │ their entries
-//!   3  the footer right behind what is left │ the file is cut
+//!   2  a table that growing has put behind blocks is copied to a hole before them │ header │
+//!   3  blocks from the end of the file are copied into holes │ their entries
+//!   4  the footer right behind what is left │ the file is cut
 //! ```
 //!
 //! Each `│` is a sync. An entry is four bytes in one sector, and what it points to before and after holds the same, so
@@ -21,6 +22,7 @@ use super::SECTOR;
 use super::footer::DiskType;
 use super::layout::ABSENT;
 use super::offline::{Blocks, Closed, first_nonzero, first_set};
+use super::resize::{place_table, table_space};
 
 /// How much is copied between two syncs, in bytes.
 const BATCH: u64 = 64 << 20;
@@ -46,25 +48,53 @@ pub fn compact(
         return Ok(CompactOutcome { freed_bytes: old_len.saturating_sub(disk.file_len), moved_bytes: 0 });
     };
     let mut holes = drop_blocks(&disk, &mut blocks, &mut work)?;
+    if bring_table_back(&disk, &blocks)?
+        && let (_, Some(now)) = Closed::open(storage)?
+    {
+        blocks = now;
+    }
     let moves = plan(&disk, &blocks)?;
     carry_out(&disk, &blocks, &moves, &mut work)?;
+    holes.extend(moves.iter().map(|m| m.from.clone()));
     // Read anew, so that what was done is validated before the file is cut.
     let (mut disk, blocks) = Closed::open(storage)?;
+    let mut freed = 0;
     if let Some(blocks) = &blocks {
         disk.cut(disk.used_end(blocks)?)?;
+        freed = clear(&disk, blocks, holes)?;
     }
-    holes.extend(moves.iter().map(|m| m.from.clone()));
-    // Moves are in the order of their targets.
-    holes.retain(|hole| {
-        let next = moves.partition_point(|m| m.to + m.len() <= hole.start);
-        moves.get(next).is_none_or(|m| m.to >= hole.end)
-    });
-    let mut freed = old_len.saturating_sub(disk.file_len);
-    for hole in holes.into_iter().filter(|hole| hole.end <= disk.at) {
-        freed += hole.end - hole.start;
-        disk.punch(hole)?;
-    }
+    freed += old_len.saturating_sub(disk.file_len);
     Ok(CompactOutcome { freed_bytes: freed, moved_bytes: moves.iter().map(Move::len).sum() })
+}
+
+/// Gives the space of those holes back that are still in the file and that nothing was put into. Returns how much it is.
+fn clear(disk: &Closed<'_>, blocks: &Blocks, holes: Vec<Range<u64>>) -> Result<u64, ImageError> {
+    let taken = taken(disk, blocks);
+    let mut freed = 0;
+    for hole in holes.into_iter().filter(|hole| hole.end <= disk.at) {
+        let next = taken.partition_point(|range| range.end <= hole.start);
+        if taken.get(next).is_none_or(|range| range.start >= hole.end) {
+            freed += hole.end - hole.start;
+            disk.punch(hole)?;
+        }
+    }
+    Ok(freed)
+}
+
+/// What is in use before the footer, in order, joined where it meets.
+fn taken(disk: &Closed<'_>, blocks: &Blocks) -> Vec<Range<u64>> {
+    let len = blocks.body.shape.block_len();
+    let mut ranges = disk.structures(blocks);
+    ranges.extend(blocks.placed().map(|(_, entry)| u64::from(entry) * SECTOR).map(|at| at..at + len));
+    ranges.sort_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 /// What is told of the progress.
@@ -131,6 +161,34 @@ fn says_nothing(disk: &Closed<'_>, blocks: &Blocks, block: u64, entry: u32) -> R
     Ok(first_nonzero(disk.storage, data..data + sectors * SECTOR)?.is_none())
 }
 
+/// Moves a table that lies behind blocks, where growing the disk has put it, before them or into the first hole that takes
+/// it. Returns whether it moved.
+fn bring_table_back(disk: &Closed<'_>, blocks: &Blocks) -> Result<bool, ImageError> {
+    let header = &blocks.body.header;
+    let placed = sorted(blocks);
+    if placed.first().is_some_and(|&(at, _)| header.table_offset < at) {
+        return Ok(false);
+    }
+    let len = table_space(blocks, header.table_entries);
+    let place = Place { before_data: 0, len, align: SECTOR };
+    match Holes::new(disk, blocks, &placed, place).next()? {
+        Some(to) if to < header.table_offset => {
+            place_table(disk, blocks, header.table_entries, to)?;
+            disk.sync()?;
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+/// Where blocks are, and which, in the order of the file.
+fn sorted(blocks: &Blocks) -> Vec<(u64, u64)> {
+    let mut placed: Vec<_> =
+        blocks.placed().map(|(block, entry)| (u64::from(entry) * SECTOR, block)).collect();
+    placed.sort_unstable();
+    placed
+}
+
 /// A block's way to a better place.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Move {
@@ -147,14 +205,14 @@ impl Move {
 
 /// Which blocks go where: the last one of the file to the first hole that takes it, and so on until they meet.
 fn plan(disk: &Closed<'_>, blocks: &Blocks) -> Result<Vec<Move>, ImageError> {
-    let len = blocks.body.shape.block_len();
-    let mut placed: Vec<(u64, u64)> =
-        blocks.placed().map(|(block, entry)| (u64::from(entry) * SECTOR, block)).collect();
-    placed.sort_unstable();
-    let structures = disk.structures(blocks);
+    let shape = &blocks.body.shape;
+    let len = shape.block_len();
+    let placed = sorted(blocks);
     // Moving what lies before the last structure makes the file no smaller.
-    let floor = structures.last().map_or(0, |s| s.end);
-    let mut holes = Holes::new(disk, blocks, &structures, &placed);
+    let floor = disk.structures(blocks).iter().map(|s| s.end).max().unwrap_or(0);
+    let align = u64::from(blocks.body.payload_align());
+    let place = Place { before_data: shape.bitmap_len, len, align };
+    let mut holes = Holes::new(disk, blocks, &placed, place);
     let mut moves = Vec::new();
     for &(at, block) in placed.iter().rev().take_while(|(at, _)| at + len > floor) {
         match holes.next()? {
@@ -165,50 +223,46 @@ fn plan(disk: &Closed<'_>, blocks: &Blocks) -> Result<Vec<Move>, ImageError> {
     Ok(moves)
 }
 
-/// The places for blocks that are free, from the start of the file on.
+/// What a place is to be like.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    /// How far behind its start it is aligned.
+    before_data: u64,
+    len: u64,
+    align: u64,
+}
+
+/// The places that are free, from the start of the file on.
 struct Holes<'a> {
     storage: &'a dyn Storage,
     gaps: std::vec::IntoIter<Range<u64>>,
     gap: Range<u64>,
     first_block: u64,
-    bitmap_len: u64,
-    len: u64,
-    align: u64,
+    place: Place,
 }
 
 impl<'a> Holes<'a> {
-    fn new(disk: &Closed<'a>, blocks: &Blocks, structures: &[Range<u64>], placed: &[(u64, u64)]) -> Self {
-        let shape = &blocks.body.shape;
-        let len = shape.block_len();
-        let mut taken = structures.to_vec();
-        taken.extend(placed.iter().map(|&(at, _)| at..at + len));
-        taken.sort_by_key(|range| range.start);
-        let gaps: Vec<_> = taken.windows(2).map(|pair| pair[0].end..pair[1].start).collect();
-        Self {
-            storage: disk.storage,
-            gaps: gaps.into_iter(),
-            gap: 0..0,
-            first_block: placed.first().map_or(0, |&(at, _)| at),
-            bitmap_len: shape.bitmap_len,
-            len,
-            align: u64::from(blocks.body.payload_align()),
-        }
+    fn new(disk: &Closed<'a>, blocks: &Blocks, placed: &[(u64, u64)], place: Place) -> Self {
+        let gaps: Vec<_> = taken(disk, blocks).windows(2).map(|pair| pair[0].end..pair[1].start).collect();
+        let first_block = placed.first().map_or(disk.at, |&(at, _)| at);
+        Self { storage: disk.storage, gaps: gaps.into_iter(), gap: 0..0, first_block, place }
     }
 
-    /// The next place: where the bitmap goes, so that the data behind it is aligned as that of all blocks is.
+    /// Where the next one begins.
     fn next(&mut self) -> Result<Option<u64>, ImageError> {
+        let Place { before_data, len, align } = self.place;
         loop {
-            let data = (self.gap.start + self.bitmap_len).next_multiple_of(self.align);
-            let at = data - self.bitmap_len;
-            if at + self.len > self.gap.end {
+            let at = (self.gap.start + before_data).next_multiple_of(align) - before_data;
+            if at + len > self.gap.end {
                 let Some(gap) = self.gaps.next() else { return Ok(None) };
                 self.gap = gap;
                 self.gap.start = self.gap.start.next_multiple_of(SECTOR);
                 continue;
             }
-            self.gap.start = at + self.len;
+            self.gap.start = at + len;
+            // Before the first block, what is not zero is somebody's.
             if at < self.first_block
-                && let Some(unknown) = first_nonzero(self.storage, at..at + self.len)?
+                && let Some(unknown) = first_nonzero(self.storage, at..at + len)?
             {
                 self.gap.start = unknown + SECTOR;
                 continue;

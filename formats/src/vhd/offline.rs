@@ -19,7 +19,7 @@ use super::footer::{DiskType, FOOTER_LEN, Footer, checksum};
 use super::grow::{end_of_file, sync};
 use super::header::{CHECKSUM_AT, HEADER_LEN};
 use super::layout::{self, ABSENT, Body, CopyState};
-use super::locator::RawHeader;
+use super::locator::{Locator, RawHeader};
 use super::{Corruption, SECTOR};
 
 /// A disk that nobody uses and that is about to be changed. Validated in full.
@@ -217,7 +217,7 @@ impl<'a> Closed<'a> {
         self.sync()
     }
 
-    /// What blocks and new structures have to keep off, sorted: copy, header, table, locators, blktap's map.
+    /// What blocks and new structures have to keep off, by where it begins: copy, header, table, locators, blktap's map.
     pub(super) fn structures(&self, blocks: &Blocks) -> Vec<Range<u64>> {
         let header = &blocks.body.header;
         let table_end = header.table_offset + u64::from(header.table_entries) * 4;
@@ -227,7 +227,9 @@ impl<'a> Closed<'a> {
             header.table_offset..table_end.next_multiple_of(SECTOR),
         ];
         if self.disk_type == DiskType::Differencing {
-            ranges.extend(header.locators.iter().map(|l| l.offset..l.offset + u64::from(l.len)));
+            // With what is reserved for longer paths, which may meet others.
+            let end = |l: &Locator| l.reserved_end(self.at).max(l.offset + u64::from(l.len));
+            ranges.extend(header.locators.iter().map(|l| l.offset..end(l)));
         }
         if let Some(map) = &blocks.batmap {
             ranges.push(map.header_at..map.header_at + SECTOR);

@@ -6,7 +6,7 @@
 //!   dynamic, growing   zeroes behind the end of the disk in its last block │ entries that say "absent":
 //!                      unused ones of the table, or a longer table (in place, or a new one at the end of the
 //!                      file, and the header's first sector pointed to it) │ copy │ footer
-//!   dynamic, shrinking entries beyond the new end "absent" │ copy │ footer │ cut
+//!   dynamic, shrinking entries beyond the new end "absent" │ copy │ footer │ header │ cut
 //! ```
 //!
 //! Each `│` is a sync, and what is on its left changes nothing of the content, so a crash leaves the old size or the new
@@ -57,7 +57,10 @@ pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result
         )));
     }
     match &blocks {
-        Some(_) if new_size == disk.size && !disk.is_copy_stale() => Ok(()),
+        // What an earlier attempt may have left to do.
+        Some(blocks) if new_size == disk.size && !disk.is_copy_stale() => {
+            cut_table(&disk, blocks, u32::try_from(blocks.body.shape.blocks).expect("a table has as many"))
+        }
         None if new_size == disk.size => disk.cut(new_size),
         None if smaller => shrink_fixed(&mut disk, new_size),
         None => grow_fixed(&mut disk, new_size),
@@ -101,7 +104,20 @@ fn grow_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<
         clear_entries(disk, blocks, blocks.body.shape.blocks)?;
         disk.sync()?;
     }
-    disk.set_footer(disk.footer.with_size(new_size))
+    disk.set_footer(disk.footer.with_size(new_size))?;
+    cut_table(disk, blocks, entries)
+}
+
+/// Takes entries that the disk does not need off the end of the table: 7-Zip and Azure want exactly as many as there are
+/// blocks. Not where blktap keeps a map behind the table, which would not be found any more.
+fn cut_table(disk: &Closed<'_>, blocks: &Blocks, entries: u32) -> Result<(), ImageError> {
+    let header = &blocks.body.header;
+    if entries >= header.table_entries || blocks.batmap.is_some() {
+        return Ok(());
+    }
+    let [end, old_end] = [entries, header.table_entries].map(|n| table_end(header.table_offset, n));
+    disk.set_table(header.table_offset, entries)?;
+    disk.punch(end..old_end)
 }
 
 /// Zeroes what the last block has behind the end of the disk, which growing would show.
@@ -150,15 +166,31 @@ fn is_free(disk: &Closed<'_>, blocks: &Blocks, range: Range<u64>) -> Result<bool
         && first_nonzero(disk.storage, range.clone())?.is_none())
 }
 
-/// Writes a longer table, with blktap's map if there is one, at the end of the file, and points the header to it.
+/// Writes a longer table at the end of the file, and points the header to it.
 fn move_table(disk: &mut Closed<'_>, blocks: &Blocks, entries: u32, used_end: u64) -> Result<(), ImageError> {
     let offset = used_end.next_multiple_of(PAGE);
+    disk.make_room(offset + table_space(blocks, entries))?;
+    place_table(disk, blocks, entries, offset)
+}
+
+/// The bytes that a table takes, with blktap's map if there is one.
+pub(super) fn table_space(blocks: &Blocks, entries: u32) -> u64 {
+    let map = blocks.batmap.as_ref().map_or(0, |map| map.moved(0, entries).len() as u64);
+    table_end(0, entries) + map
+}
+
+/// Writes the table with room for `entries` at `offset`, where nothing is, points the header to it, and clears its old
+/// place. blktap's map goes with it.
+pub(super) fn place_table(
+    disk: &Closed<'_>,
+    blocks: &Blocks,
+    entries: u32,
+    offset: u64,
+) -> Result<(), ImageError> {
     let end = table_end(offset, entries);
-    let map = blocks.batmap.as_ref().map(|map| map.moved(end, entries)).unwrap_or_default();
-    disk.make_room(end + map.len() as u64)?;
     write_table(disk, &blocks.body.table, offset, end)?;
-    if !map.is_empty() {
-        disk.write(&map, end)?;
+    if let Some(map) = &blocks.batmap {
+        disk.write(&map.moved(end, entries), end)?;
     }
     disk.sync()?;
     disk.set_table(offset, entries)?;
@@ -204,6 +236,7 @@ fn shrink_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Resul
     clear_entries(disk, blocks, first_gone)?;
     disk.sync()?;
     disk.set_footer(disk.footer.with_size(new_size))?;
+    cut_table(disk, blocks, u32::try_from(first_gone).expect("fewer than there are"))?;
     for entry in gone {
         let at = u64::from(entry) * SECTOR;
         disk.punch(at..at + blocks.body.shape.block_len())?;
