@@ -48,6 +48,9 @@ const SECOND: u64 = 1 << 63;
 /// So often a write gives way to others that fill the notes before it gives up.
 const CROWDED_MAX: usize = 100;
 
+/// Ranges of own sectors that are looked at for one entry of the log.
+const RANGES_MAX: usize = 1024;
+
 /// What a differencing image has more than others.
 #[derive(Debug)]
 pub(super) struct Differences {
@@ -372,7 +375,7 @@ impl Vhdx {
     fn record(&self, diff: &Differences, token: SyncToken) -> Result<(), ImageError> {
         loop {
             let mut inner = self.inner();
-            let ranges = diff.own.take(token.0);
+            let ranges = diff.own.take_some(token.0, RANGES_MAX);
             if ranges.is_empty() {
                 return Ok(());
             }

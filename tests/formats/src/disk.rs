@@ -63,6 +63,9 @@ impl SimDisk {
     /// Makes a range read as zeroes; the length stays.
     pub fn zero(&mut self, offset: u64, len: u64) {
         let end = offset.saturating_add(len).min(self.len.next_multiple_of(PAGE));
+        if end <= offset {
+            return;
+        }
         let pages: Vec<u64> = self.pages.range(offset / PAGE..end.div_ceil(PAGE)).map(|(p, _)| *p).collect();
         for page in pages {
             let from = offset.max(page * PAGE);
