@@ -156,6 +156,40 @@ fn a_child_that_blktap_made_reads_and_writes_over_its_parent() {
     assert_eq!(&map, b"tdbatmap", "blktap's own map stays");
 }
 
+/// One child of the corpus has bad checksums, as has its parent. With good ones both are ordinary disks.
+#[test]
+fn a_child_whose_checksums_are_put_right_reads_as_it_was_meant() {
+    let Some(corpus) = corpus::corpus("differencing VHD") else { return };
+    let sealed = |name: &str| {
+        let mut bytes = corpus::unpack(&corpus.join(name)).unwrap();
+        let end = bytes.len() - 512;
+        for (at, len, field) in [(0, 512, 64), (512, 1024, 36), (end, 512, 64)] {
+            let part = &mut bytes[at..at + len];
+            part[field..field + 4].fill(0);
+            let sum: u32 = part.iter().map(|&b| u32::from(b)).sum();
+            part[field..field + 4].copy_from_slice(&(!sum).to_be_bytes());
+        }
+        sparse(&bytes)
+    };
+    let broken = sparse(&corpus::unpack(&corpus.join("dfvfs/image-differential.vhd.bz2")).unwrap());
+    assert_eq!(layer(&broken, true, None).unwrap_err().kind, ErrorKind::Corrupt);
+    let (sim, parents) = (sealed("dfvfs/image-differential.vhd.bz2"), [sealed("dfvfs/image.vhd.bz2")]);
+    let rows = corpus::table(&corpus.join("manifest.tsv")).unwrap();
+    let row = rows.iter().find(|row| row[0] == "dfvfs/image-differential.vhd.bz2").unwrap();
+    let top = layer(&sim, false, None).unwrap();
+    let own = top.next_extent(0).unwrap();
+    assert!(own.is_some_and(|e| e.span.len < top.geometry().virtual_size), "some of it is its own: {own:?}");
+    let disk = chain(top, &parents);
+    assert_eq!(disk.geometry().virtual_size.to_string(), row[6]);
+    assert_eq!(sha256_of(&disk), row[7]);
+    write_payload(&disk, 1024, &[7; 512]).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    let disk = chain(layer(&sim, true, None).unwrap(), &parents);
+    assert_eq!(read_payload(&disk, 1024, 512).unwrap(), [7; 512]);
+    sound(&sim).unwrap();
+}
+
 /// What is owed for each hostile differencing disk, taken for a layer.
 #[test]
 fn hostile_children_are_refused_or_say_no_more_than_text() {
