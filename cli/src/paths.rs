@@ -36,6 +36,21 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     }
 }
 
+/// Where the daemon keeps its notes on differencing images: in the state directory that `BLOCKD_STATE_DIR` names, else in
+/// that of this user. `None` where there are none.
+pub(crate) fn notes_dir() -> Option<PathBuf> {
+    let named = |name| std::env::var_os(name).map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let usual = || {
+        if nix::unistd::geteuid().is_root() {
+            return Some(PathBuf::from("/var/lib/blockd"));
+        }
+        let base = named("XDG_STATE_HOME").or_else(|| Some(named("HOME")?.join(".local/state")));
+        Some(base?.join("blockd"))
+    };
+    let state = named("BLOCKD_STATE_DIR").or_else(usual)?;
+    Some(state.join("notes")).filter(|dir| dir.is_dir())
+}
+
 /// A move's target: its path and format.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Target {

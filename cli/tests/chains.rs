@@ -300,3 +300,37 @@ fn formats_read(path: &Path, at: u64) -> Vec<u8> {
     std::fs::File::open(path).expect("the file").read_exact_at(&mut bytes, at).expect("read");
     bytes
 }
+
+#[test]
+fn writes_of_a_killed_daemon_are_brought_home_before_an_image_is_changed() {
+    for (format, verb) in [("vhd", "compact"), ("vhdx", "resize"), ("vhd", "check"), ("vhdx", "rebase")] {
+        let dir = with_child(format);
+        let dir = dir.path();
+        let child = format!("child.{format}");
+        let state = dir.join("state");
+        std::fs::create_dir(&state).expect("a folder");
+        let run = |line: &str| {
+            let words = std::iter::once("image").chain(line.split_whitespace());
+            support::run(support::command().current_dir(dir).env("BLOCKD_STATE_DIR", &state).args(words))
+        };
+        let options = formats::OpenOptions {
+            parents: vec![dir.join("base")],
+            notes_dir: Some(state.join("notes")),
+            ..formats::OpenOptions::default()
+        };
+        let image = formats::open(dir.join(&child), &options).expect("opens");
+        formats::write_payload(&*image, MIB, &[9; 512]).expect("written");
+        drop(image);
+        let refused = run(&format!("map {child} --parents base --json")).expect(4);
+        assert!(refused.err.contains("killed"), "{}", refused.err);
+        let line = match verb {
+            "resize" => format!("resize {child} 32M"),
+            "check" => format!("check {child} --repair"),
+            "rebase" => format!("rebase {child} --parent base/base.{format}"),
+            _ => format!("{verb} {child}"),
+        };
+        run(&line).expect(0);
+        run(&format!("convert {child} whole.img --parents base")).expect(0);
+        assert_eq!(formats_read(&dir.join("whole.img"), MIB)[..512], [9; 512], "{verb}");
+    }
+}

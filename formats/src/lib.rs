@@ -33,6 +33,7 @@ mod parents;
 pub mod raw;
 mod rebase;
 mod resize;
+mod settle;
 mod storage;
 pub mod vhd;
 pub mod vhdx;
@@ -55,4 +56,5 @@ pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, P
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use rebase::{RebaseOptions, Rebased, rebase};
 pub use resize::{CompactOutcome, compact, resize, resize_with_parents};
+pub use settle::settle;
 pub use storage::{FileStorage, Storage};

@@ -47,9 +47,19 @@ pub(crate) fn open(dir: &Path, image: FileId) -> Result<Notes, OpenError> {
         _ => {}
     }
     remove_of_other_boots(dir, boot_id).map_err(|e| refused(dir, e))?;
-    let path = dir.join(format!("{boot_id}-{:x}-{:x}{ENDING}", image.device, image.inode));
+    let path = path_of(dir, boot_id, image);
     let file = open_file(&path).map_err(|e| refused(&path, e))?;
     Ok(Notes { file: NotesFile { storage: Arc::new(FileStorage::new(file)), boot_id }, path })
+}
+
+/// Whether there are notes of `image` in the folder `dir`, from this boot.
+pub(crate) fn has_notes(dir: &Path, image: FileId) -> bool {
+    let path = boot_id().map(|boot_id| path_of(dir, boot_id, image));
+    path.and_then(|path| path.symlink_metadata()).is_ok_and(|notes| notes.is_file() && notes.len() > 0)
+}
+
+fn path_of(dir: &Path, boot_id: Uuid, image: FileId) -> PathBuf {
+    dir.join(format!("{boot_id}-{:x}-{:x}{ENDING}", image.device, image.inode))
 }
 
 fn boot_id() -> io::Result<Uuid> {

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::lock::{Lock, LockError, lock};
 use crate::parents::{Child, FileId, Gate, Parent};
 use crate::raw::Raw;
+use crate::settle::check_settled;
 use crate::{
     Chain, ErrorKind, FileStorage, Format, Image, ImageError, ImageType, Layer, LayerOptions, OpenError,
     dispatch, notes_dir,
@@ -35,7 +36,8 @@ pub struct OpenOptions {
     pub parents: Vec<PathBuf>,
     /// The folder in which a differencing image that is written to notes the sectors that are not durable yet
     /// ([`LayerOptions::notes`]); created when it is not there. It must be the same for each opening of the image on a
-    /// running system, and belongs to this kind of files alone: those of earlier boots are removed.
+    /// running system, and belongs to this kind of files alone: those of earlier boots are removed. An image of which a
+    /// killed process has left notes there is not opened for reading (see [`crate::settle()`]).
     pub notes_dir: Option<PathBuf>,
     /// The id that the content gets with the first change (VHDX), see [`LayerOptions::next_content_id`].
     pub next_content_id: Option<Uuid>,
@@ -96,6 +98,9 @@ pub fn open(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Arc<dyn Ima
     if let Some(missing) = walk.missing {
         return Err(missing.into());
     }
+    if let Some(dir) = &options.notes_dir {
+        parents_settled(&walk.parents, dir, options.read_only)?;
+    }
     if let Some(parent) = walk.parents.iter().find(|p| !options.read_only && has_payload_in_log(p)) {
         return Err(log_in_the_way(parent));
     }
@@ -123,10 +128,27 @@ fn open_layer(
     };
     let layer = dispatch::open_layer(format, Arc::new(FileStorage::new(file)), &layer_options)
         .map_err(|e| at(path, e))?;
-    if let Some(notes) = notes.filter(|_| layer.image_type() != ImageType::Differencing) {
-        notes.remove();
+    if layer.image_type() != ImageType::Differencing {
+        if let Some(notes) = notes {
+            notes.remove();
+        }
+    } else if let Some(dir) = options.notes_dir.as_ref().filter(|_| options.read_only) {
+        check_settled(path, dir, id)?;
     }
     Ok(layer)
+}
+
+/// Looks for notes that a killed process has left of parents. Whoever opens for writing knows what was written to them: the
+/// writes of a merge that was broken off are in the child as well.
+fn parents_settled(parents: &[Parent], dir: &Path, read_only: bool) -> Result<(), OpenError> {
+    for parent in parents {
+        match check_settled(&parent.path, dir, parent.file) {
+            Err(e) if read_only => return Err(e),
+            Err(e) => tracing::warn!("{e}"),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Whether a log that is replayed in memory has content in it, which nobody can then read from the file itself.

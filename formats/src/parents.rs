@@ -63,7 +63,7 @@ pub(crate) struct Parent {
     pub(crate) storage: Arc<dyn Storage>,
     /// The folder that holds it, links resolved.
     folder: Option<PathBuf>,
-    file: FileId,
+    pub(crate) file: FileId,
 }
 
 /// The image whose parent is looked for.

@@ -6,7 +6,7 @@ use clap::Args;
 use formats::Format;
 use serde_json::json;
 
-use super::FormatName;
+use super::{FormatName, settle};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::guarded;
 use crate::render::{self, Screen};
@@ -29,9 +29,11 @@ pub(crate) struct CompactArgs {
 pub(crate) async fn run(args: CompactArgs, screen: Screen) -> Result<Exit, Failure> {
     let path = args.path.display().to_string();
     let outcome = guarded(move |cancel| {
+        let format = args.format.map(Format::from);
+        settle(&args.path, format)?;
         let bar = screen.bar(0);
         bar.set_prefix("compacting");
-        let outcome = formats::compact(&args.path, args.format.map(Format::from), &mut |done, total| {
+        let outcome = formats::compact(&args.path, format, &mut |done, total| {
             bar.set_length(total);
             bar.set_position(done);
             if cancel.is_set() {

@@ -6,7 +6,7 @@ use clap::Args;
 use formats::{AllocState, CheckReport, Finding, Format, ImageInfo, ImageState, Severity};
 use serde::Serialize;
 
-use super::{Existing, Parents, open};
+use super::{Existing, Parents, open, settle};
 use crate::failure::{Exit, Failure};
 use crate::render::{self, Facts, Screen, Table};
 
@@ -117,6 +117,9 @@ struct Checked<'a> {
 /// `blockctl image check`
 pub(crate) fn check(args: &CheckArgs, screen: Screen) -> Result<Exit, Failure> {
     let (path, format) = (&args.image.path, args.image.format.map(Format::from));
+    if args.repair {
+        settle(path, format)?;
+    }
     let report = match &args.parents.parents[..] {
         [] => formats::check(path, format, args.repair)?,
         parents => formats::check_with_parents(path, format, args.repair, parents)?,

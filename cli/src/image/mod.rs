@@ -15,6 +15,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use formats::{Format, Image, ImageType, OpenOptions};
 
 use crate::failure::{Exit, Failure};
+use crate::paths::notes_dir;
 use crate::render::Screen;
 use crate::units::parse_block_size;
 
@@ -131,9 +132,18 @@ pub(crate) fn open(
     let options = OpenOptions {
         format: format.map(Format::from),
         parents: parents.parents.clone(),
+        notes_dir: notes_dir(),
         ..OpenOptions::read_only()
     };
     Ok(formats::open(path, &options)?)
+}
+
+/// Brings home what a killed daemon has left of an image, before its structure is changed.
+pub(crate) fn settle(path: &Path, format: Option<Format>) -> Result<(), Failure> {
+    if let Some(dir) = notes_dir() {
+        formats::settle(path, format, dir)?;
+    }
+    Ok(())
 }
 
 /// Where the parents of differencing images are looked for.

@@ -7,7 +7,7 @@ use formats::{Format, RebaseOptions};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{FormatName, Parents};
+use super::{FormatName, Parents, settle};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::guarded;
 use crate::render::Screen;
@@ -45,7 +45,11 @@ pub(crate) async fn run(args: RebaseArgs, screen: Screen) -> Result<Exit, Failur
         accept_changed_parent: args.accept_changed_parent,
         parents: args.parents.parents,
     };
-    let done = guarded(move |_| Ok(formats::rebase(&args.path, &args.parent, &options)?)).await?;
+    let done = guarded(move |_| {
+        settle(&args.path, options.format)?;
+        Ok(formats::rebase(&args.path, &args.parent, &options)?)
+    })
+    .await?;
     let shown = json!({
         "path": path,
         "parent": parent,

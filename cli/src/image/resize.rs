@@ -6,7 +6,7 @@ use clap::Args;
 use formats::Format;
 use serde_json::json;
 
-use super::{FormatName, Parents};
+use super::{FormatName, Parents, settle};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::guarded;
 use crate::render::{self, Screen};
@@ -42,6 +42,7 @@ pub(crate) async fn run(args: ResizeArgs, screen: Screen) -> Result<Exit, Failur
     // A signal does not end it in the middle: it is soon done, and a crash would do no harm.
     let (old, new) = guarded(move |_| {
         let format = args.format.map(Format::from);
+        settle(&args.path, format)?;
         let old = formats::info(&args.path, format)?.virtual_size;
         formats::resize_with_parents(&args.path, format, args.size, args.shrink, &args.parents.parents)?;
         Ok((old, formats::info(&args.path, format)?.virtual_size))

@@ -16,6 +16,7 @@ pub fn command() -> Command {
     command
         .env_remove("BLOCKD_API")
         .env_remove("BLOCKD_BIN")
+        .env_remove("BLOCKD_STATE_DIR")
         .env_remove("XDG_RUNTIME_DIR")
         .stdin(Stdio::null());
     command

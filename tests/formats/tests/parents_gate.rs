@@ -550,3 +550,39 @@ fn a_writable_child_keeps_its_notes_where_it_was_told() {
         assert_eq!(read_payload(&*image, 512, 512).unwrap(), [9; 512], "after the close it needs no notes");
     }
 }
+
+#[test]
+fn what_a_killed_process_has_noted_is_brought_home_before_anything_else() {
+    for format in FORMATS {
+        let scene = Scene::new(format);
+        let base = scene.base("in/base.*", 7);
+        let child = scene.child("in/child.*", &base);
+        let notes = scene.path("notes");
+        let options = OpenOptions {
+            parents: vec![scene.path("in")],
+            notes_dir: Some(notes.clone()),
+            ..OpenOptions::default()
+        };
+        let reading = OpenOptions { read_only: true, ..options.clone() };
+        assert!(!formats::settle(&child, None, &notes).unwrap(), "there is no folder yet");
+        let image = open(&child, &options).unwrap();
+        write_payload(&*image, 512, &[9; 512]).unwrap();
+        assert_eq!(formats::settle(&child, None, &notes).unwrap_err().kind, ErrorKind::Locked);
+        drop(image);
+        let id = content_id(format, &child);
+        let grandchild = scene.child("in/grandchild.*", &child);
+        let e = refused(&child, &reading);
+        assert_eq!(e.kind, ErrorKind::NeedsRepair);
+        assert!(e.to_string().contains("killed"), "{e}");
+        assert_eq!(refused(&grandchild, &reading).kind, ErrorKind::NeedsRepair, "its parent has notes");
+        assert!(formats::settle(&child, None, &notes).unwrap());
+        assert_eq!(content_id(format, &child), id, "its children still know it");
+        assert!(!formats::settle(&child, None, &notes).unwrap(), "once is enough");
+        for path in [&child, &grandchild] {
+            let image = open(path, &reading).unwrap();
+            assert_eq!(read_payload(&*image, 0, 1536).unwrap(), [[7; 512], [9; 512], [7; 512]].concat());
+        }
+        assert!(!formats::settle(&base, None, &notes).unwrap(), "no differencing image");
+        assert!(formats::check(&child, None, false).unwrap().is_sound());
+    }
+}
