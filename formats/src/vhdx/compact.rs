@@ -14,13 +14,13 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::sync::Arc;
 
+use super::MIB;
 use super::bat::{BatEntry, state};
 use super::log_writer::PAGES_MAX;
 use super::metadata::EntryOwner;
 use super::offline::{Content, Offline, Pages, copy_within, first_data, for_each_data, punch};
 use super::region::Region;
 use super::space::Space;
-use super::{MIB, strict};
 use crate::{CompactOutcome, ImageError, Storage};
 
 /// So many structures and holes are looked at in one round.
@@ -41,24 +41,26 @@ pub fn compact(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<CompactOutcome, ImageError> {
     let before = data_bytes(&**storage)?;
-    let parsed = strict(storage)?;
+    // Replays a log that was left.
+    let image = Offline::open(storage)?;
+    let unfinished = image.is_unfinished();
+    let parsed = &image.parsed;
     let allocated = parsed.census.allocated * parsed.table.layout.block_size;
     let fixed = parsed.metadata.leave_allocated;
     let missing = parsed.census.allocated < parsed.table.layout.blocks;
-    drop(parsed);
     let mut meter = Meter { progress, done: 0, total: allocated };
     meter.step(0);
     let mut moved_bytes = 0;
     if !fixed {
-        drop_unused(storage, &mut meter)?;
+        drop_unused(image, &mut meter)?;
     }
     // The file of a fixed image must not become smaller than all its blocks (2.6.2.1); where some have no place yet it is
     // left alone.
     if !fixed || !missing {
-        while let Some(moved) = pack(storage, &mut meter)? {
+        while let Some(moved) = pack(Offline::open_again(storage, unfinished)?, &mut meter)? {
             moved_bytes += moved;
         }
-        trim(storage)?;
+        trim(Offline::open_again(storage, unfinished)?)?;
     }
     meter.end();
     let freed_bytes = before.saturating_sub(data_bytes(&**storage)?);
@@ -99,8 +101,8 @@ fn data_bytes(storage: &dyn Storage) -> Result<u64, ImageError> {
 // --- dropping --------------------------------------------------------------------------------------------------------
 
 /// Takes their place from blocks that do not need it.
-fn drop_unused(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<(), ImageError> {
-    let mut image = Offline::open(storage)?;
+fn drop_unused(mut image: Offline, meter: &mut Meter<'_>) -> Result<(), ImageError> {
+    let storage = image.storage.clone();
     let layout = image.layout();
     let mut last_partial = None;
     image.rewrite_entries(|index, entry| {
@@ -119,7 +121,7 @@ fn drop_unused(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<(), 
                     let at = entry.unit() * MIB;
                     let last = block + 1 == layout.blocks;
                     let len = if last { layout.last_block_len } else { layout.block_size };
-                    let empty = first_data(&**storage, at, at + len)?.is_none();
+                    let empty = first_data(&*storage, at, at + len)?.is_none();
                     meter.step(layout.block_size);
                     if empty { BatEntry::ZERO } else { entry }
                 }
@@ -155,8 +157,8 @@ enum What {
 }
 
 /// One round of moving. `None`: nothing could be moved any more.
-fn pack(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<Option<u64>, ImageError> {
-    let mut image = Offline::open(storage)?;
+fn pack(mut image: Offline, meter: &mut Meter<'_>) -> Result<Option<u64>, ImageError> {
+    let storage = image.storage.clone();
     let block_units = image.layout().units_per_block();
     let mut holes = Holes::of(&image.parsed.space, block_units);
     let (mut moved, mut batch, mut pages) = (0, 0, Pages::default());
@@ -178,13 +180,13 @@ fn pack(storage: &Arc<dyn Storage>, meter: &mut Meter<'_>) -> Result<Option<u64>
         };
         let Some(to) = holes.take(unit, units) else { break };
         image.begin(Content::Stays)?;
-        copy_within(&**storage, unit * MIB, to * MIB, units * MIB)?;
+        copy_within(&*storage, unit * MIB, to * MIB, units * MIB)?;
         let entry = BatEntry(to << 20 | raw & (MIB - 1));
         if pages.len() == PAGES_MAX || batch >= BATCH_BYTES {
             image.commit(std::mem::take(&mut pages))?;
             batch = 0;
         }
-        pages.put(&**storage, image.entry_place(index), &entry.0.to_le_bytes())?;
+        pages.put(&*storage, image.entry_place(index), &entry.0.to_le_bytes())?;
         (moved, batch) = (moved + units * MIB, batch + units * MIB);
         meter.step(units * MIB);
     }
@@ -273,15 +275,15 @@ impl Holes {
 }
 
 /// Cuts the file behind its last structure, and makes holes of what is not used in it.
-fn trim(storage: &Arc<dyn Storage>) -> Result<(), ImageError> {
-    let mut image = Offline::open(storage)?;
-    let gaps = gaps_with_data(&**storage, &image.parsed.space)?;
+fn trim(mut image: Offline) -> Result<(), ImageError> {
+    let storage = image.storage.clone();
+    let gaps = gaps_with_data(&*storage, &image.parsed.space)?;
     if gaps.is_empty() && image.slack() == 0 {
         return Ok(());
     }
     image.begin(Content::Stays)?;
     for (at, len) in gaps {
-        punch(&**storage, at, len)?;
+        punch(&*storage, at, len)?;
     }
     image.close()
 }

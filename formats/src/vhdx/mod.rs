@@ -182,12 +182,7 @@ fn strict(storage: &Arc<dyn Storage>) -> Result<Parsed, ImageError> {
     Ok(parse(storage)?)
 }
 
-/// Replays the log into the file and leaves it without one (2.3.3).
-fn replay(storage: &Arc<dyn Storage>, parsed: Parsed) -> Result<(), ImageError> {
-    replay_as(Guid::random(), storage, parsed)
-}
-
-/// The same with a given FileWriteGuid.
+/// Replays the log into the file, under this FileWriteGuid, and leaves it without one (2.3.3).
 fn replay_as(file_write: Guid, storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
     let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
     // Before the file is changed in any way (2.2.2, FileWriteGuid).

@@ -22,7 +22,7 @@ use super::log_writer::{LogWriter, PAGES_MAX};
 use super::metadata::BlockLayout;
 use super::parse::Parsed;
 use super::region::{Region, TABLE_OFFSETS, table_with_region};
-use super::{MIB, strict};
+use super::{MIB, replay_as, strict};
 use crate::{ImageError, Storage};
 
 /// Bytes that are read or copied at once.
@@ -60,12 +60,18 @@ impl Offline {
     /// # Errors
     /// What is wrong with the image, or keeps it from being written; what the file says.
     pub(super) fn open(storage: &Arc<dyn Storage>) -> Result<Self, ImageError> {
+        Self::open_again(storage, false)
+    }
+
+    /// The same for a further part of an operation, whose first part says whether the image is an unfinished one.
+    pub(super) fn open_again(storage: &Arc<dyn Storage>, is_unfinished: bool) -> Result<Self, ImageError> {
         let mut parsed = strict(storage)?;
         parsed.headers.current.validate_for_writing()?;
         let was_dirty = parsed.overlay.is_some();
-        let keeps_id = was_dirty && parsed.metadata.has_parent;
+        let keeps_id = is_unfinished || (was_dirty && parsed.metadata.has_parent);
         if was_dirty {
-            replay(storage, parsed, keeps_id)?;
+            let file_write = if keeps_id { parsed.headers.current.file_write } else { Guid::random() };
+            replay_as(file_write, storage, parsed)?;
             parsed = strict(storage)?;
         }
         let file_len = storage.len().map_err(|e| ImageError::io("reading the size of the file", e))?;
@@ -218,17 +224,6 @@ impl Offline {
         }
         Ok(())
     }
-}
-
-/// Replays the log into the file and leaves it without one (2.3.3).
-fn replay(storage: &Arc<dyn Storage>, mut parsed: Parsed, keeps_id: bool) -> Result<(), ImageError> {
-    let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
-    let file_write = if keeps_id { parsed.headers.current.file_write } else { Guid::random() };
-    // Before the file is changed in any way (2.2.2, FileWriteGuid).
-    parsed.headers.update(&**storage, |h| h.file_write = file_write)?;
-    overlay.apply(&**storage)?;
-    parsed.headers.update_both(&**storage, |h| h.log_guid = Guid::ZERO)?;
-    Ok(())
 }
 
 /// Pages of metadata as they are to become, by their place in the file.

@@ -2,8 +2,12 @@
 //! small reader of its own, which knows nothing of the codec.
 #![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
+mod checking;
 mod compacting;
 mod crashes;
 mod image;
+mod patching;
 mod relinking;
+mod repairing;
 mod resizing;
+mod tools;
