@@ -125,6 +125,52 @@ fn a_disk_is_shown_with_its_counters() {
 }
 
 #[test]
+fn a_resize_sends_bytes_and_says_whether_the_guest_knows() {
+    let mut resized = disk();
+    resized["guest_told"] = json!(true);
+    let daemon = Daemon::always(200, &resized);
+    let ended = daemon.blockctl(&["disk", "resize", "vm1", "10G"]).expect(0);
+    assert_eq!(ended.out, "vm1 has 10 GiB (10737418240 bytes) now; the guest was told\n");
+    let ended = daemon.blockctl(&["disk", "resize", "vm1", "5G", "--shrink", "--json"]).expect(0);
+    assert_eq!(ended.json(), resized);
+    let sent = |bytes: u64, shrink: bool| {
+        asked("POST", "/v1/disks/vm1/resize", json!({"size_bytes": bytes, "shrink": shrink}))
+    };
+    assert_eq!(daemon.asked(), [sent(10 << 30, false), sent(5 << 30, true)]);
+    resized["guest_told"] = json!(false);
+    let ended = Daemon::always(200, &resized).blockctl(&["disk", "resize", "vm1", "10G"]).expect(0);
+    assert!(ended.out.contains("when it next connects"), "{ended:?}");
+    daemon.blockctl(&["disk", "resize", "vm1", "0"]).expect(2);
+    daemon.blockctl(&["disk", "resize", "vm1"]).expect(2);
+}
+
+#[test]
+fn a_snapshot_sends_an_absolute_path_and_names_the_parent() {
+    let mut after = disk();
+    after["chain"] = json!(["/images/new.vhdx", "/images/vm1.vhdx"]);
+    after["image"] = json!("/images/new.vhdx");
+    let daemon = Daemon::always(200, &after);
+    let ended = daemon.blockctl(&["disk", "snapshot", "vm1", "--to", "new.vhdx"]).expect(0);
+    assert_eq!(ended.out, "vm1 goes on in /images/new.vhdx; /images/vm1.vhdx stays as it is now\n");
+    let here = std::env::current_dir().expect("a folder").join("new.vhdx");
+    let body = json!({"to": here.display().to_string()});
+    assert_eq!(daemon.asked(), [asked("POST", "/v1/disks/vm1/snapshot", body)]);
+    daemon.blockctl(&["disk", "snapshot", "vm1"]).expect(2);
+    let shown = daemon.blockctl(&["disk", "show", "vm1"]).expect(0);
+    assert!(shown.out.contains("parents:        /images/vm1.vhdx\n"), "{}", shown.out);
+}
+
+#[test]
+fn parents_are_attached_by_absolute_paths() {
+    let daemon = Daemon::always(200, &disk());
+    let args =
+        ["disk", "attach", "vm1", "a.vhdx", "--socket", "/s", "--parents", "bases", "--parents", "/b/p.vhdx"];
+    daemon.blockctl(&args).expect(0);
+    let here = std::env::current_dir().expect("a folder").join("bases");
+    assert_eq!(daemon.asked()[0].body["parents"], json!([here.display().to_string(), "/b/p.vhdx"]));
+}
+
+#[test]
 fn attaching_sends_absolute_paths() {
     let daemon = Daemon::always(200, &disk());
     let attached = daemon

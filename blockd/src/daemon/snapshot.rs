@@ -64,7 +64,10 @@ impl Daemon {
             }
             return Err(e);
         }
-        disk.continue_in(&new)?;
+        disk.continue_in(&new).map_err(|e| {
+            let message = format!("disk {id} goes on in {}, but: {e}", path.display());
+            DaemonError::new(e.kind.into(), message)
+        })?;
         self.events.push("disk-snapshot", Some(id), None, format!("the disk goes on in {}", path.display()));
         tracing::info!(disk = id, image = %path.display(), parent = %old.path().display(), "the disk has a new image");
         if let Err(e) = served.change_record(&self.state, |record| record.settling = None) {

@@ -10,7 +10,7 @@
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 
-use formats::{CreateError, ErrorKind, ImageError};
+use formats::{AllocState, CreateError, ErrorKind, Image, ImageError};
 
 use super::handle::ImageHandle;
 use super::route::Route;
@@ -162,11 +162,15 @@ impl Disk {
     /// to look at the configuration space again. Blocks.
     ///
     /// # Errors
-    /// As [`formats::resize`] and [`Self::reopen_held`] have them; the disk has its old size then.
+    /// As [`formats::resize`] and [`Self::reopen_held`] have them, and when the map says that something is stored behind a
+    /// smaller size; the disk has its old size then.
     pub fn resize(&self, new_size: u64, shrink: bool) -> Result<bool, DiskError> {
         // What can be done before anybody waits is done before.
         let image = self.image();
         let of_image = |e: ImageError| DiskError::new(e.kind, format!("{}: {e}", image.path().display()));
+        if new_size < image.image().geometry().virtual_size {
+            check_is_empty_behind(image.image(), new_size)?;
+        }
         image.maintain(&|| self.shared.gate.wait()).map_err(of_image)?;
         self.flush()?;
         self.reopen_held(|old| {
@@ -207,6 +211,23 @@ impl Disk {
             mailbox.post(Mail::Command(Command::Look));
         }
     }
+}
+
+/// Whether whole blocks behind `size` hold something. Looked at beforehand, so that nobody is held up for a refusal, nor
+/// while much that holds zeroes is read; what the guest writes there meanwhile is found when the size is changed.
+fn check_is_empty_behind(image: &dyn Image, size: u64) -> Result<(), DiskError> {
+    let block = u64::from(image.geometry().block_size).max(1);
+    let mut at = size.checked_next_multiple_of(block).unwrap_or(u64::MAX);
+    while let Some(extent) = image.next_extent(at).map_err(|e| DiskError::new(e.kind, e.to_string()))? {
+        if extent.state == AllocState::Data {
+            let message = format!(
+                "something is stored at byte {at} and behind it: have the guest discard what lies behind byte {size} first"
+            );
+            return Err(DiskError::new(ErrorKind::InvalidParameter, message));
+        }
+        at = extent.span.offset + extent.span.len;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use system_tests::daemon::Program;
+use system_tests::guest::{Guest, GuestOptions, Setup};
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
@@ -152,4 +153,47 @@ fn the_daemons_death_while_a_disk_grows_leaves_one_size_or_the_other_and_all_the
         assert!(daemon.terminate().unwrap());
         kind.check(&daemon.disks()[0].image.clone()).unwrap();
     }
+}
+
+#[test]
+fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
+    if is_reference() {
+        return;
+    }
+    let Some(setup) = Setup::find_or_skip("a guest whose disk grows") else { return };
+    for kind in [Image::DynamicVhdx, Image::DynamicVhd] {
+        let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
+        let options =
+            GuestOptions { cpus: 2, queues: 2, rounds: 1000, ..GuestOptions::new("guest", "files") };
+        let mut guest = Guest::start(&setup, daemon.dir(), &daemon.socket("disk"), &options).unwrap();
+        guest.wait_for("round 1", 2 * MINUTE).unwrap();
+        let mut size = SIZE;
+        for n in 0..3 {
+            size += 8 << 20;
+            let resized = daemon.resize("disk", size, false).unwrap();
+            assert!(resized.guest_told, "QEMU listens");
+            guest.wait_for(&format!("resized sectors={}", size / 512), MINUTE).unwrap();
+            let child = daemon.dir().join(format!("child-{n}.{}", kind.name()));
+            daemon.snapshot("disk", &child).unwrap();
+            next_round(&mut guest);
+            daemon.kill9();
+            std::thread::sleep(Duration::from_millis(100));
+            daemon.restart().unwrap();
+            next_round(&mut guest);
+        }
+        guest.tell_to_stop().unwrap();
+        // The guest has compared its files, checked its file system, and read the disk to its new end.
+        guest.wait_for("device ", 2 * MINUTE).unwrap();
+        guest.wait_for("PASS", MINUTE).unwrap();
+        guest.wait_end(MINUTE).unwrap();
+        assert!(!guest.said().contains("I/O error"));
+        let disk = daemon.disk("disk").unwrap();
+        assert_eq!((disk.chain.len(), disk.size_bytes, disk.errors), (4, size, 0));
+        assert!(daemon.terminate().unwrap(), "the daemon failed at its end");
+    }
+}
+
+fn next_round(guest: &mut Guest) {
+    let rounds = guest.said().lines().filter(|line| line.starts_with("GUEST: round")).count();
+    guest.wait_for(&format!("round {}", rounds + 1), MINUTE).unwrap();
 }

@@ -24,6 +24,16 @@ echo "GUEST: disk sectors=$(cat /sys/block/vda/size) block=$(cat $queue/logical_
     "zeroes=$(cat $queue/write_zeroes_max_bytes) queues=$(ls /sys/block/vda/mq | wc -l) cpus=$(nproc)" \
     "serial=$(cat /sys/block/vda/serial)"
 
+# The disk may get another size at any time.
+(
+    size=$(cat /sys/block/vda/size)
+    while usleep 100000; do
+        now=$(cat /sys/block/vda/size)
+        [ "$now" = "$size" ] || echo "GUEST: resized sectors=$now"
+        size=$now
+    done
+) &
+
 # Whoever runs the guest may type a line: the job then ends with the round that it is in.
 (read -r line </dev/ttyS0 && : >/tmp/stop) &
 
