@@ -15,6 +15,7 @@ mod crash;
 mod disk;
 mod oracle;
 mod payload;
+pub mod readers;
 mod sim;
 
 pub use crash::{CrashCount, CrashExplorer, CrashKind, CrashState};
