@@ -42,6 +42,8 @@ impl Blockd {
             bandwidth: None,
             keep_source: false,
             copy_only: false,
+            flatten: false,
+            files: Vec::new(),
             on_target_error: "pause".into(),
         }
     }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd_api::{
-    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt, ResizeRequest,
-    Resized, SnapshotRequest,
+    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
+    ResizeRequest, Resized, SnapshotRequest,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -82,6 +82,11 @@ impl Client {
     /// `POST /v1/disks/{id}/resize`
     pub(crate) async fn resize(&self, id: &str, request: &ResizeRequest) -> Result<Resized, Failure> {
         self.send(Method::POST, &format!("/v1/disks/{}/resize", segment(id)), Some(request)).await
+    }
+
+    /// `POST /v1/disks/{id}/merge`
+    pub(crate) async fn merge(&self, id: &str, request: &MergeRequest) -> Result<Job, Failure> {
+        self.send(Method::POST, &format!("/v1/disks/{}/merge", segment(id)), Some(request)).await
     }
 
     /// `POST /v1/disks/{id}/snapshot`

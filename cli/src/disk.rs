@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use blockd_api::{AttachRequest, DiskInfo, Percentiles, ResizeRequest, SnapshotRequest};
+use blockd_api::{AttachRequest, DiskInfo, MergeRequest, Percentiles, ResizeRequest, SnapshotRequest};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
 use crate::render::{self, Facts, Screen, Table, yes};
-use crate::{paths, units};
+use crate::{paths, units, watch};
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -52,6 +52,26 @@ pub(crate) enum Command {
         /// The new image, which must not exist
         #[arg(long, value_name = "PATH")]
         to: PathBuf,
+    },
+    /// Fold the newest differencing image of a disk into its parent, while the guest writes
+    #[command(after_help = "Examples:
+  blockctl disk merge vm1
+  blockctl disk merge vm1 --into /images/vm1.vhdx")]
+    Merge {
+        #[command(flatten)]
+        id: Id,
+        /// The image of the chain that takes all newer ones [default: the parent of the newest]
+        #[arg(long, value_name = "PATH")]
+        into: Option<PathBuf>,
+        /// Copy and verify at most this much a second
+        #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
+        bandwidth: Option<u64>,
+        /// How both are compared before the newest is deleted
+        #[arg(long, value_name = "HOW", value_parser = ["none", "sample", "full"], default_value = "full")]
+        verify: String,
+        /// Print the job's id and return
+        #[arg(long)]
+        detach: bool,
     },
     /// Make everything written to a disk so far durable
     #[command(after_help = "Example:\n  blockctl disk flush vm1")]
@@ -135,6 +155,15 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
                 let parent = disk.chain.get(1).cloned().unwrap_or_default();
                 format!("{} goes on in {}; {parent} stays as it is now", disk.id, disk.image)
             })?;
+        }
+        Command::Merge { id, into, bandwidth, verify, detach } => {
+            let into = into.as_deref().map(paths::for_daemon).transpose()?;
+            let job = client.merge(&id.id, &MergeRequest { into, bandwidth, verify }).await?;
+            if detach {
+                screen.show(&job, |job| job.job.clone())?;
+            } else {
+                return watch::until_over(client, vec![job], screen).await;
+            }
         }
         Command::Flush(id) => {
             client.flush(&id.id).await?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use blockd_api::{DiskInfo, MoveRequest};
+use blockd_api::{DiskInfo, FilePlace, MoveRequest};
 use clap::Args as ClapArgs;
 use clap::builder::NonEmptyStringValueParser;
 
@@ -17,6 +17,7 @@ use crate::{offline, paths, watch};
 #[command(after_help = "Examples:
   blockctl move vm1 --to /mnt/faster/
   blockctl move vm1 --to /mnt/vm1.vhd --bandwidth 200M --switch manual
+  blockctl move vm1 --to /mnt/faster/ --disk /images/golden.vhdx=/images/golden.vhdx
   blockctl move ./old.vhdx --to /mnt/faster/")]
 pub(crate) struct Args {
     /// Disks by name, or images by path
@@ -65,6 +66,12 @@ pub(crate) struct Options {
     /// A copy at one point in time; the disk stays where it is
     #[arg(long)]
     pub(crate) copy_only: bool,
+    /// Make one image of a chain; its parents stay where they are
+    #[arg(long)]
+    pub(crate) flatten: bool,
+    /// Where one file of a chain goes, all others to --to; a file that goes to itself stays
+    #[arg(long = "disk", value_name = "FILE=WHERE", value_parser = parse_place)]
+    pub(crate) files: Vec<(PathBuf, PathBuf)>,
     /// What to do when the target fails [default: pause]
     #[arg(long, value_name = "WHAT", value_parser = ["pause", "retry", "abort"])]
     pub(crate) on_target_error: Option<String>,
@@ -213,8 +220,22 @@ fn request(id: &str, options: &Options) -> Result<MoveRequest, Failure> {
         bandwidth: options.bandwidth,
         keep_source: options.keep_source,
         copy_only: options.copy_only,
+        flatten: options.flatten,
+        files: options.files.iter().map(place).collect::<Result<_, _>>()?,
         on_target_error: or(&options.on_target_error, "pause"),
     })
+}
+
+fn place((file, to): &(PathBuf, PathBuf)) -> Result<FilePlace, Failure> {
+    Ok(FilePlace { file: paths::for_daemon(file)?, to: paths::for_daemon(to)? })
+}
+
+/// Reads `FILE=WHERE`. The last `=` counts, so that the file's name may have others.
+fn parse_place(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    match text.rsplit_once('=') {
+        Some((file, to)) if !file.is_empty() && !to.is_empty() => Ok((file.into(), to.into())),
+        _ => Err("say FILE=WHERE: a file of the chain, and the new file or a folder".into()),
+    }
 }
 
 #[cfg(test)]

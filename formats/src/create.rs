@@ -245,12 +245,12 @@ fn relative(from: &Path, to: &Path) -> PathBuf {
 }
 
 /// Makes the directory entry of `path` durable.
-fn sync_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     File::open(parent)?.sync_all()
 }
 
-fn refused(path: &Path, e: io::Error) -> CreateError {
+pub(crate) fn refused(path: &Path, e: io::Error) -> CreateError {
     let message = match e.kind() {
         io::ErrorKind::AlreadyExists => {
             "there is a file of this name already, and it is left alone; choose another name or remove it"

@@ -24,8 +24,10 @@ mod flat;
 mod held;
 mod image;
 mod info;
+mod layers;
 mod link;
 mod lock;
+mod merge;
 mod notes_dir;
 mod open;
 mod own;
@@ -52,7 +54,9 @@ pub use image::{
     SyncToken, ZeroMode,
 };
 pub use info::{ImageInfo, ImageState, ParentInfo, info, info_with_parents};
+pub use layers::{make_layer, on_parents};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
+pub use merge::{MergeChain, MergeFiles, MergeRefused, MergeSides};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use rebase::{RebaseOptions, Rebased, rebase};
 pub use resize::{CompactOutcome, compact, resize, resize_with_parents};

@@ -47,6 +47,12 @@ pub(crate) fn lock(file: &File, kind: Lock) -> Result<(), LockError> {
     Err(LockError::Held)
 }
 
+/// Lets go of the lock.
+pub(crate) fn unlock(file: &File) -> io::Result<()> {
+    let none = libc::flock { l_type: libc::F_UNLCK as libc::c_short, ..whole_file(Lock::Shared) };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&none)).map(drop).map_err(Into::into)
+}
+
 /// Whether somebody else holds an exclusive lock. Takes none, so nobody is kept off by the question.
 pub(crate) fn is_held_exclusively(file: &File) -> bool {
     let mut answer = whole_file(Lock::Shared);

@@ -213,9 +213,40 @@ pub struct MoveRequest {
     /// A copy at one point in time; the disk stays where it is.
     #[serde(default)]
     pub copy_only: bool,
+    /// A chain becomes one image, and its parents stay. Otherwise each image of it becomes one of its own.
+    #[serde(default)]
+    pub flatten: bool,
+    /// Where single files of the chains go, all others to `to`. A file that goes to where it is stays there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<FilePlace>,
     /// `pause`, `retry` or `abort`.
     #[serde(default = "default_on_target_error")]
     pub on_target_error: String,
+}
+
+/// Where one file of a chain goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FilePlace {
+    /// Absolute path of the file.
+    pub file: String,
+    /// Absolute path of the new file, or of a folder in which the name is kept.
+    pub to: String,
+}
+
+/// Asks for a merge.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MergeRequest {
+    /// Absolute path of the image of the chain that takes all newer ones; the parent of the newest when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub into: Option<String>,
+    /// Copying and verifying may use at most this many bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<u64>,
+    /// `none`, `sample` or `full`.
+    #[serde(default = "default_verify")]
+    pub verify: String,
 }
 
 fn default_mirror() -> String {

@@ -12,8 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use blockd_api::{
-    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MoveRequest, Receipt, ResizeRequest,
-    Resized, SnapshotRequest,
+    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
+    ResizeRequest, Resized, SnapshotRequest,
 };
 use serde::Deserialize;
 use serde::Serialize;
@@ -36,6 +36,7 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks/{id}/snapshot", post(snapshot_disk))
         .route("/v1/disks/{id}/resize", post(resize_disk))
         .route("/v1/moves", post(start_move))
+        .route("/v1/disks/{id}/merge", post(merge_disk))
         .route("/v1/jobs", get(list_jobs))
         .route("/v1/jobs/{job}", get(show_job).patch(set_job))
         .route("/v1/jobs/{job}/pause", post(pause_job))
@@ -255,6 +256,20 @@ async fn resize_disk(
 )]
 async fn start_move(State(daemon): Shared, Json(request): Json<MoveRequest>) -> Answer<Job> {
     blocking(move || daemon.start_moves(&request)).await
+}
+
+/// Folds the newest images of a disk's chain into the one below them, while the guest writes.
+#[utoipa::path(
+    post, path = "/v1/disks/{id}/merge", params(("id" = String, Path, description = "the disk's name")),
+    request_body = MergeRequest,
+    responses(
+        (status = 200, body = Job),
+        (status = 400, body = ErrorBody), (status = 404, body = ErrorBody), (status = 409, body = ErrorBody),
+        (status = 422, body = ErrorBody), (status = 500, body = ErrorBody), (status = 507, body = ErrorBody)
+    )
+)]
+async fn merge_disk(State(daemon): Shared, Name(id): Name, Json(request): Json<MergeRequest>) -> Answer<Job> {
+    blocking(move || daemon.merge(&id, &request)).await
 }
 
 /// Every job, oldest first.

@@ -1,17 +1,18 @@
 //! Moves: starting them, their verbs, and the list of those that are over.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use blockd_api::{Job, JobSettings, MoveRequest, Receipt};
+use blockd_api::{Job, JobSettings, MergeRequest, MoveRequest, Receipt};
 
 use super::disks::{Claim, Served};
 use super::error::{DaemonError, Kind};
 use super::events::Events;
-use super::plan::{SourceDisk, Wanted};
+use super::plan::{self, SourceDisk, SourceParent, Wanted};
 use super::{Daemon, lock};
-use crate::mover::{Move, MoveHooks, MovePlan};
+use crate::mover::{Layering, Move, MoveHooks, MovePlan};
 
 /// Jobs that are listed; of those that are over, the oldest go first.
 pub(super) const JOBS_MAX: usize = 1000;
@@ -217,6 +218,44 @@ impl Daemon {
         first.ok_or_else(|| DaemonError::invalid("no disk is named; name at least one to move"))
     }
 
+    /// Folds the newest images of a disk's chain into the one below them, or into the one that is named.
+    ///
+    /// # Errors
+    /// [`Kind::State`] for a disk without parents, or that can't be written; [`Kind::Invalid`] for an image that is no
+    /// parent; [`Kind::Busy`] for a disk that is being moved, and for images that other disks use.
+    pub fn merge(self: &Arc<Self>, disk: &str, request: &MergeRequest) -> Result<Job, DaemonError> {
+        let hold = self.hold(disk)?;
+        let plan = plan::merge(&hold.source(), &hold.job, request)?;
+        if hold.served.disk.spec().read_only {
+            let message = format!("disk {disk} is served for reading only, and a merge writes to its images");
+            return Err(DaemonError::new(Kind::State, message));
+        }
+        let Layering::Merge(merge) = &plan.layering else { unreachable!("a merge was planned") };
+        for file in merge.between.iter().chain([&plan.target]) {
+            if let Some(user) = self.user_of(file, disk) {
+                let message = format!(
+                    "{} is a parent of {user} too, which a merge would change; flatten the disk with \
+                     `blockctl move {disk} --flatten` instead",
+                    file.display()
+                );
+                return Err(DaemonError::new(Kind::Busy, message));
+            }
+        }
+        let _one = lock(&self.starting);
+        Ok(self.launch(hold, plan)?.job())
+    }
+
+    /// Which disk but this one has the file in its chain.
+    fn user_of(&self, file: &Path, but: &str) -> Option<String> {
+        let others = self.served().into_iter().filter(|served| served.id() != but);
+        let uses = |served: &Arc<Served>| {
+            let handle = served.disk.shared().route.load().source().clone();
+            handle.paths().iter().any(|path| plan::same_file(path, file))
+        };
+        let user = others.into_iter().find(uses);
+        user.map(|served| format!("disk {}", served.id()))
+    }
+
     /// Starts a move again that the last run of the daemon left unfinished.
     pub(super) fn restart_move(self: &Arc<Self>, plan: MovePlan) {
         let (job, disk) = (plan.job.clone(), plan.disk.clone());
@@ -224,8 +263,8 @@ impl Daemon {
             job: job.clone(),
             disks: vec![disk.clone()],
             state: "failed".to_owned(),
-            source: vec![plan.source.to_string_lossy().into_owned()],
-            target: vec![plan.target.to_string_lossy().into_owned()],
+            source: plan.source_files().iter().map(|file| file.to_string_lossy().into_owned()).collect(),
+            target: plan.target_files().iter().map(|file| file.to_string_lossy().into_owned()).collect(),
             verified: "none".to_owned(),
             ..Job::default()
         };
@@ -349,8 +388,11 @@ impl Daemon {
         for job in self.job_list().into_iter().filter(|job| !job.is_over()) {
             taken.extend(job.target.into_iter().map(|target| (target, job.job.clone())));
         }
-        for plan in plans {
-            let target = plan.target.to_string_lossy().into_owned();
+        let made = plans
+            .iter()
+            .flat_map(|plan| plan.made_files().into_iter().map(move |(_, target)| (plan, target)));
+        for (plan, target) in made {
+            let target = target.to_string_lossy().into_owned();
             if let Some(job) = taken.insert(target.clone(), plan.job.clone()) {
                 let message = format!("job {job} writes to {target} already; name another place");
                 return Err(DaemonError::new(Kind::Busy, message));
@@ -402,7 +444,8 @@ impl Daemon {
         Some(receipt)
     }
 
-    fn hooks(&self, plan: &MovePlan, served: &Arc<Served>, begun: mpsc::Sender<()>) -> MoveHooks {
+    fn hooks(self: &Arc<Self>, plan: &MovePlan, served: &Arc<Served>, begun: mpsc::Sender<()>) -> MoveHooks {
+        let (daemon, disk) = (Arc::downgrade(self), plan.disk.clone());
         let (state, changing, job) = (self.state.clone(), served.clone(), plan.job.clone());
         let tell = tell_changes(self.events.clone(), plan.disk.clone());
         MoveHooks {
@@ -411,14 +454,13 @@ impl Daemon {
                 let _ = begun.send(());
                 tell(job);
             }),
-            image_changed: Box::new(move |image, format, generation| {
-                changing.change_record(&state, |record| {
-                    record.become_image(image, Some(format));
-                    record.generation = generation;
-                })?;
-                tracing::info!(job, disk = changing.id(), image = %image.display(), generation, "the disk is another image now");
+            image_changed: Box::new(move |image| {
+                changing.change_record(&state, |record| record.follow_move(image))?;
+                let (path, generation) = (image.files[0].display(), image.generation);
+                tracing::info!(job, disk = changing.id(), image = %path, generation, "the disk is another image now");
                 Ok(())
             }),
+            used_by: Box::new(move |file| daemon.upgrade()?.user_of(file, &disk)),
         }
     }
 }
@@ -433,7 +475,15 @@ struct Hold {
 impl Hold {
     fn source(&self) -> SourceDisk {
         let disk = &self.served.disk;
+        let handle = disk.shared().route.load().source().clone();
+        let layers = handle.image().as_chain().map_or(&[][..], |chain| &chain.layers()[1..]);
+        let parents = handle.paths().into_iter().skip(1).zip(layers).map(|(image, layer)| SourceParent {
+            image,
+            image_type: layer.image_type(),
+            block_size: layer.geometry().block_size,
+        });
         SourceDisk {
+            parents: parents.collect(),
             id: self.served.id().to_owned(),
             image: disk.image_path(),
             format: disk.format(),

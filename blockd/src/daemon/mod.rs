@@ -69,9 +69,7 @@ impl Daemon {
     /// When the state directory can't be read, or a disk that was typed just now and never served before can't be
     /// served.
     pub fn start(state: StateDir, api_socket: &Path, asked: Vec<Asked>) -> Result<Arc<Self>, DaemonError> {
-        let recovered = mover::recover(&state.moves_dir(), &|disk, image, format, generation| {
-            state.adopt(disk, image, format, generation)
-        })?;
+        let recovered = mover::recover(&state.moves_dir(), &|disk, image| state.adopt(disk, image))?;
         let starts = recall::recall(state.disks()?, recovered.images, asked);
         let (jobs, forgotten) = Jobs::remembered(recovered.jobs);
         forgotten.iter().for_each(|job| state.forget_job(job));

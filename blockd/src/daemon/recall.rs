@@ -1,13 +1,11 @@
 //! Which disks come up at the start: what is remembered, what journals say, and what is asked for, put together.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use formats::Format;
 
 use super::config::Asked;
 use super::error::DaemonError;
 use super::state::DiskRecord;
+use crate::mover::NewImage;
 
 /// What becomes of one disk at the start.
 #[derive(Debug)]
@@ -45,8 +43,8 @@ impl Origin {
     }
 }
 
-/// Images that journals of moves tell, by disk: path, format, generation.
-pub(super) type JournalImages = BTreeMap<String, (PathBuf, Format, u64)>;
+/// Images that journals of moves tell, by disk.
+pub(super) type JournalImages = BTreeMap<String, NewImage>;
 
 /// Puts everything together, by disk.
 ///
@@ -63,15 +61,16 @@ pub(super) fn recall(
         let start = match record {
             // A move may have changed the image: whatever is asked for could be the stale one.
             Err(e) => Start::Unknown(match journals.remove(&id) {
-                Some((image, ..)) => {
-                    let told = format!("{e} (a move's journal says that its image is {})", image.display());
+                Some(image) => {
+                    let told =
+                        format!("{e} (a move's journal says that its image is {})", image.files[0].display());
                     DaemonError::new(e.kind, told)
                 }
                 None => e,
             }),
             Ok(mut record) => {
                 if let Some(image) = journals.remove(&id) {
-                    follow_journal(&mut record, image);
+                    follow_journal(&mut record, &image);
                 }
                 let (recover, origin) = match asked.remove(&id) {
                     Some(wanted) => (follow_asked(&mut record, &wanted), Origin::AskedAgain),
@@ -83,8 +82,8 @@ pub(super) fn recall(
         asked.remove(&id);
         disks.insert(id, start);
     }
-    for (id, (image, ..)) in journals {
-        tracing::warn!(disk = id, image = %image.display(), "a move's journal tells of a disk that is not remembered");
+    for (id, image) in journals {
+        tracing::warn!(disk = id, image = %image.files[0].display(), "a move's journal tells of a disk that is not remembered");
     }
     for (id, Asked { spec, typed }) in asked {
         let record = DiskRecord::new(spec);
@@ -94,18 +93,17 @@ pub(super) fn recall(
     disks
 }
 
-fn follow_journal(record: &mut DiskRecord, (image, format, generation): (PathBuf, Format, u64)) {
-    if generation <= record.generation {
+fn follow_journal(record: &mut DiskRecord, image: &NewImage) {
+    if image.generation <= record.generation {
         return;
     }
     tracing::info!(
         disk = record.spec.id,
-        image = %image.display(),
-        generation,
+        image = %image.files[0].display(),
+        generation = image.generation,
         "a move was committed just before the daemon ended: its target is the disk"
     );
-    record.become_image(&image, Some(format));
-    record.generation = generation;
+    record.follow_move(image);
 }
 
 /// Takes over what is asked for; answers whether the image is still the one that was served.
@@ -137,6 +135,9 @@ fn follow_asked(record: &mut DiskRecord, Asked { spec, .. }: &Asked) -> bool {
 
 #[cfg(test)]
 mod tests {
+
+    use formats::Format;
+
     use super::*;
     use crate::daemon::error::Kind;
     use crate::disk::DiskSpec;
@@ -160,6 +161,10 @@ mod tests {
         record
     }
 
+    fn new_image(path: &str, generation: u64) -> NewImage {
+        NewImage { files: vec![path.into()], format: Format::Vhd, generation }
+    }
+
     fn asked(id: &str, image: &str) -> Asked {
         let spec = DiskSpec { queues: 8, socket: "/new".into(), ..spec(id, image) };
         Asked { spec, typed: true }
@@ -167,7 +172,7 @@ mod tests {
 
     fn one(
         remembered: Option<Result<DiskRecord, DaemonError>>,
-        journal: Option<(PathBuf, Format, u64)>,
+        journal: Option<NewImage>,
         wanted: Option<Asked>,
     ) -> Option<Start> {
         let id = || "a".to_owned();
@@ -229,7 +234,7 @@ mod tests {
 
     #[test]
     fn a_journal_knows_better_than_the_record_and_the_request() {
-        let journal = Some(("/target.vhd".into(), Format::Vhd, 1));
+        let journal = Some(new_image("/target.vhd", 1));
         let (r, recover, _) = served(one(
             Some(Ok(record("a", "/first.vhdx", 0))),
             journal.clone(),
@@ -247,7 +252,7 @@ mod tests {
         let damaged = DaemonError::new(Kind::Corrupt, "damaged");
         let start = one(Some(Err(damaged.clone())), None, Some(asked("a", "/first.vhdx")));
         assert!(matches!(start, Some(Start::Unknown(e)) if e == damaged));
-        let journal = Some(("/target.vhd".into(), Format::Vhd, 1));
+        let journal = Some(new_image("/target.vhd", 1));
         let start = one(Some(Err(damaged)), journal, Some(asked("a", "/first.vhdx")));
         assert!(matches!(start, Some(Start::Unknown(e)) if e.message.contains("/target.vhd")));
     }

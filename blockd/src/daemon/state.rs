@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::error::{DaemonError, Kind};
 use super::{lock, names};
 use crate::disk::DiskSpec;
+use crate::mover::NewImage;
 
 /// The layout of a record that this version writes and reads.
 const VERSION: u32 = 1;
@@ -87,6 +88,13 @@ impl DiskRecord {
     pub fn serve(&self) -> DiskSpec {
         let parents = self.spec.parents.iter().chain(&self.parents).cloned().collect();
         DiskSpec { image: self.image.clone(), format: self.format, parents, ..self.spec.clone() }
+    }
+
+    /// A move was committed.
+    pub fn follow_move(&mut self, image: &NewImage) {
+        self.become_image(&image.files[0], Some(image.format));
+        self.parents = image.files[1..].to_vec();
+        self.generation = image.generation;
     }
 
     /// The disk is another image now, of which the parents so far are none.
@@ -197,18 +205,17 @@ impl StateDir {
     ///
     /// # Errors
     /// A damaged record, one that knows a newer image, and whatever the file system says.
-    pub fn adopt(&self, id: &str, image: &Path, format: formats::Format, generation: u64) -> io::Result<()> {
+    pub fn adopt(&self, id: &str, image: &NewImage) -> io::Result<()> {
         let path = self.record_path(id);
         if !path.exists() {
             return Ok(());
         }
         let mut record = read_record(&path, id).map_err(io::Error::other)?;
-        if record.generation > generation {
+        if record.generation > image.generation {
             return Err(io::Error::other(format!("it knows generation {} already", record.generation)));
         }
-        if record.generation < generation {
-            record.become_image(image, Some(format));
-            record.generation = generation;
+        if record.generation < image.generation {
+            record.follow_move(image);
             self.put(&record)?;
         }
         Ok(())
@@ -411,6 +418,10 @@ fn sync_dir(dir: &Path) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn new_image(path: &str, generation: u64) -> NewImage {
+        NewImage { files: vec![path.into()], format: Format::Vhd, generation }
+    }
+
     fn spec(id: &str) -> DiskSpec {
         DiskSpec {
             id: id.to_owned(),
@@ -538,15 +549,15 @@ mod tests {
     fn a_journals_word_is_adopted_once_and_only_forwards() {
         let (_dir, state) = state();
         state.put(&DiskRecord::new(spec("a"))).expect("put");
-        state.adopt("a", Path::new("/t.vhd"), Format::Vhd, 1).expect("adopted");
-        state.adopt("a", Path::new("/old.vhd"), Format::Vhd, 1).expect("nothing to do");
-        state.adopt("forgotten", Path::new("/t.vhd"), Format::Vhd, 1).expect("nothing to do");
+        state.adopt("a", &new_image("/t.vhd", 1)).expect("adopted");
+        state.adopt("a", &new_image("/old.vhd", 1)).expect("nothing to do");
+        state.adopt("forgotten", &new_image("/t.vhd", 1)).expect("nothing to do");
         let disks = state.disks().expect("listed");
         let record = disks["a"].as_ref().expect("sound");
         assert_eq!((record.image.as_path(), record.generation), (Path::new("/t.vhd"), 1));
         assert_eq!(disks.len(), 1);
         fs::write(state.record_path("a"), "{").expect("torn");
-        assert!(state.adopt("a", Path::new("/t.vhd"), Format::Vhd, 2).is_err());
+        assert!(state.adopt("a", &new_image("/t.vhd", 2)).is_err());
     }
 
     #[test]

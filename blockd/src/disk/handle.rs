@@ -104,8 +104,8 @@ pub struct ImageHandle {
     memory_align: usize,
     offset_align: usize,
     path: Mutex<PathBuf>,
-    /// Paths of the parents when they were opened, the nearest first.
-    parents: Vec<PathBuf>,
+    /// Where the parents are, the nearest first.
+    parents: Mutex<Vec<PathBuf>>,
     sync_failed: OnceLock<String>,
     /// Held while the image is maintained; whether it was given up for another view of the same file.
     upkeep: Mutex<bool>,
@@ -164,7 +164,7 @@ impl ImageHandle {
             image,
             files,
             path: Mutex::new(path.to_path_buf()),
-            parents: paths.split_off(1),
+            parents: Mutex::new(paths.split_off(1)),
             sync_failed: OnceLock::new(),
             upkeep: Mutex::new(false),
         })
@@ -258,7 +258,19 @@ impl ImageHandle {
 
     /// Where the image and its parents are, the image first.
     pub fn paths(&self) -> Vec<PathBuf> {
-        std::iter::once(self.path()).chain(self.parents.iter().cloned()).collect()
+        let parents = self.parents.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        std::iter::once(self.path()).chain(parents).collect()
+    }
+
+    /// Says that the image and its parents were renamed.
+    ///
+    /// # Panics
+    /// When there are fewer or more paths than files.
+    pub fn set_paths(&self, mut paths: Vec<PathBuf>) {
+        assert_eq!(paths.len(), self.files.len(), "a path for each file");
+        let parents = paths.split_off(1);
+        self.set_path(&paths[0]);
+        *self.parents.lock().unwrap_or_else(PoisonError::into_inner) = parents;
     }
 
     /// Where the image is now.

@@ -181,6 +181,11 @@ impl Disk {
         &self.shared
     }
 
+    /// Where its images keep their notes.
+    pub fn notes_dir(&self) -> Option<&Path> {
+        self.notes_dir.as_deref()
+    }
+
     /// How its workers are reached.
     pub fn mailboxes(&self) -> &[Arc<Mailbox>] {
         &self.mailboxes

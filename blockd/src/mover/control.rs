@@ -14,11 +14,13 @@ use mirror::{Action, Event, JobState, Record, Route};
 use roaring::RoaringBitmap;
 use sha2::{Digest, Sha256};
 
-use super::Move;
 use super::journal_file::{JournalFile, dir_of, sync_dir};
+use super::layering::Layering;
+use super::preparing::ParentCopy;
+use super::{Move, NewImage, merging};
 use crate::daemon::clock;
 use crate::disk::Disk;
-use crate::disk::handle::ImageHandle;
+use crate::disk::handle::{ImageHandle, PayloadFile};
 
 /// Bytes of a deleted source that are freed at once, and the pause after them.
 const FREED_AT_ONCE: u64 = 32 << 20;
@@ -66,9 +68,9 @@ pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
 /// Gives the space of a file that has no name any more back, a piece at a time: a file system that frees gigabytes at once
 /// can make everybody else wait for it, the guest of the moved disk first. What is left when the process ends, the kernel
 /// frees. A file that still has another name belongs to whoever gave it that: it is left alone.
-fn free_slowly(image: Arc<ImageHandle>) {
+fn free_slowly(image: Arc<ImageHandle>, level: usize) {
     let thread = std::thread::Builder::new().name("free-source".into()).spawn(move || {
-        let storage = &image.image().files()[0];
+        let storage = &image.image().files()[level];
         let Some(file) = storage.file() else { return };
         let mut len = storage.len().unwrap_or(0);
         while len > 0 {
@@ -86,8 +88,8 @@ fn free_slowly(image: Arc<ImageHandle>) {
 }
 
 /// Deletes the source, durably: what is at `path`, if that is still the file that was moved. Fine if nothing is there.
-fn remove_source(path: &Path, image: &ImageHandle) -> io::Result<()> {
-    if let (Ok(there), Ok(ours)) = (std::fs::metadata(path), image.top().file().metadata())
+fn remove_source(path: &Path, file: &PayloadFile) -> io::Result<()> {
+    if let (Ok(there), Ok(ours)) = (std::fs::metadata(path), file.file().metadata())
         && (there.dev(), there.ino()) != (ours.dev(), ours.ino())
     {
         return Err(io::Error::other("another file has this name now, so it was not deleted"));
@@ -100,7 +102,8 @@ impl Control {
         Self { this, disk, journal }
     }
 
-    pub(super) fn run(&mut self, actions: &Receiver<Action>) {
+    pub(super) fn run(&mut self, copies: &[ParentCopy], actions: &Receiver<Action>) {
+        self.prepare(copies);
         while let Ok(action) = actions.recv() {
             tracing::debug!(job = self.this.plan.job, ?action, "move");
             if let Some(event) = self.carry_out(action) {
@@ -112,9 +115,51 @@ impl Control {
         }
     }
 
+    /// Copies the parents, and then begins the move; or ends it when that can't be.
+    fn prepare(&mut self, copies: &[ParentCopy]) {
+        let this = self.this.clone();
+        if copies.is_empty() {
+            return this.shared.apply(Event::Start);
+        }
+        (this.hooks.state_changed)(&this.job());
+        let copied = this.preparation.run(copies);
+        let mut state = this.preparation.state();
+        let outcome = match copied {
+            _ if state.is_cancelled => Err(None),
+            Ok(()) => Ok(()),
+            Err(why) => Err(Some(why)),
+        };
+        state.is_running = false;
+        let failed = match outcome {
+            Ok(()) => {
+                let paused = state.is_paused;
+                drop(state);
+                this.shared.apply(Event::Start);
+                if paused {
+                    this.shared.apply(Event::Pause);
+                }
+                return;
+            }
+            Err(failed) => failed,
+        };
+        state.failed.clone_from(&failed);
+        drop(state);
+        let discarded = self.discard_target();
+        let record = match &failed {
+            None => Record::Cancelled,
+            Some(reason) => Record::Failed { reason: reason.clone() },
+        };
+        let recorded = self.journal.append(&record);
+        if let Some(e) = discarded.err().or_else(|| recorded.err().map(|e| e.to_string())) {
+            tracing::warn!(job = this.plan.job, "what the move has made is left: {e}");
+        }
+        // Its machine has not begun, and ends at once.
+        this.shared.apply(Event::Cancel);
+    }
+
     fn carry_out(&mut self, action: Action) -> Option<Event> {
         let this = &self.this;
-        let (source, target) = (this.shared.source(), this.shared.target());
+        let target = this.shared.target();
         Some(match action {
             Action::SetRoute(route) => self.settle(route),
             Action::Scan => match self.scan() {
@@ -135,18 +180,11 @@ impl Control {
             }
             Action::FinishTarget => Event::TargetFinished(self.finish_target()),
             Action::DeleteSource => {
-                let done =
-                    text(remove_source(&this.plan.source, source), || this.plan.source.display().to_string());
+                let done = self.delete_sources();
                 this.outcome().source_deleted = done.is_ok();
-                if done.is_ok() {
-                    free_slowly(source.clone());
-                }
                 Event::SourceDeleted(done)
             }
-            Action::DiscardTarget => {
-                let path = this.plan.temporary();
-                Event::TargetDiscarded(text(remove_durably(&path), || path.display().to_string()))
-            }
+            Action::DiscardTarget => Event::TargetDiscarded(self.discard_target()),
             Action::StateChanged(state) => {
                 self.state_changed(&state);
                 return None;
@@ -191,11 +229,21 @@ impl Control {
     /// The extents that the source holds.
     fn scan(&self) -> Result<RoaringBitmap, String> {
         let (image, size) = (self.this.shared.source().image(), self.this.shared.extent_size);
+        let levels = self.this.shared.own_levels;
+        let next = |at| match (levels, image.as_chain()) {
+            (Some(levels), Some(chain)) => chain.next_own_extent(levels, at),
+            _ => image.next_extent(at),
+        };
         let mut extents = RoaringBitmap::new();
         let mut at = 0;
-        while let Some(extent) = image.next_extent(at).map_err(|e| e.to_string())? {
+        while let Some(extent) = next(at).map_err(|e| e.to_string())? {
             let end = extent.span.offset + extent.span.len;
-            if extent.state == AllocState::Data {
+            // The zeroes of a layer hide what its parent has there.
+            let is_held = match levels {
+                None => extent.state == AllocState::Data,
+                Some(_) => extent.state != AllocState::Absent,
+            };
+            if is_held {
                 extents.insert_range((at / size) as u32..end.div_ceil(size) as u32);
             }
             at = end;
@@ -212,29 +260,66 @@ impl Control {
 
     fn finish_target(&self) -> Result<(), String> {
         let (plan, target) = (&self.this.plan, self.this.shared.target());
-        let from = plan.temporary();
-        let mut to = plan.target.as_path();
-        match rename_durably(&from, to) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                // Somebody has taken the name since the move began. Nothing of theirs is touched; the disk keeps the name
-                // that it has.
-                tracing::error!(
-                    job = plan.job,
-                    "{} exists now: the target stays {}",
-                    to.display(),
-                    from.display()
-                );
-                self.this.outcome().target_kept_name = true;
-                to = &from;
+        let mut files = plan.target_files();
+        // Parents first: a child under its final name has its parent where it says.
+        for (from, to) in plan.made_files() {
+            match rename_durably(&from, &to) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    // Somebody has taken the name since the move began. Nothing of theirs is touched; the file keeps the
+                    // name that it has.
+                    let (from, to) = (from.display(), to.display());
+                    tracing::error!(job = plan.job, "{to} exists now: the target stays {from}");
+                    self.this.outcome().target_kept_name = true;
+                }
+                renamed => {
+                    text(renamed, || format!("{} cannot become {}", from.display(), to.display()))?;
+                    continue;
+                }
             }
-            renamed => text(renamed, || format!("{} cannot become {}", from.display(), to.display()))?,
+            files.iter_mut().filter(|file| **file == to).for_each(|file| file.clone_from(&from));
         }
-        target.set_path(to);
+        target.set_paths(files.clone());
         if plan.copy_only {
             return Ok(());
         }
-        let told = (self.this.hooks.image_changed)(to, plan.format, plan.generation + 1);
+        let image = NewImage { files, format: plan.format, generation: plan.generation + 1 };
+        let told = (self.this.hooks.image_changed)(&image);
         text(told, || format!("the record of disk {} cannot be written", plan.disk))
+    }
+
+    /// Deletes what the move leaves behind, the newest first, so that no child is left without its parent. A parent that
+    /// somebody else uses stays, which is no failure.
+    fn delete_sources(&self) -> Result<(), String> {
+        let (plan, source) = (&self.this.plan, self.this.shared.source());
+        for (level, path) in plan.source_files().iter().enumerate() {
+            if level > 0
+                && let Some(user) = (self.this.hooks.used_by)(path)
+            {
+                tracing::warn!(
+                    job = plan.job,
+                    "the parent {} is not deleted: {user} uses it",
+                    path.display()
+                );
+                self.this.outcome().parents_kept = true;
+                continue;
+            }
+            let file = &source.files()[level];
+            text(remove_source(path, file), || path.display().to_string())?;
+            free_slowly(source.clone(), level);
+        }
+        Ok(())
+    }
+
+    /// Removes what the move has made. The target of a merge was there before, and goes on as the parent that it was.
+    fn discard_target(&self) -> Result<(), String> {
+        let plan = &self.this.plan;
+        if matches!(plan.layering, Layering::Merge(_)) {
+            return merging::give_up(&self.disk, plan);
+        }
+        for (temporary, _) in plan.made_files().iter().rev() {
+            text(remove_durably(temporary), || temporary.display().to_string())?;
+        }
+        Ok(())
     }
 
     fn state_changed(&mut self, state: &JobState) {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use formats::{ByteSpan, ErrorKind, ImageError, Pieces, Place, ZeroMode};
+use formats::{AllocState, ByteSpan, ErrorKind, ImageError, Pieces, Place, ZeroMode};
 use mirror::{Action, CopyResult, Event, ExtentRange, VerifyResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_uring::buf::{BoundedBuf, IoBuf, IoBufMut};
@@ -208,6 +208,8 @@ struct Copier {
     shard: GateShard,
     gate: Arc<Gate>,
     disk_size: u64,
+    /// The target is a part of the source: what only it has is equal on both sides.
+    is_merge: bool,
     copy_bytes_max: usize,
     buffers: std::cell::RefCell<Vec<AlignedBuffer>>,
     maintaining: Arc<AtomicBool>,
@@ -219,6 +221,7 @@ pub(super) fn run(
     shared: Arc<MoveShared>,
     gate: Arc<Gate>,
     config: &mirror::Config,
+    is_merge: bool,
     actions: UnboundedReceiver<Action>,
     control: &dyn Fn(Action) -> ControlFlow<()>,
 ) -> std::io::Result<()> {
@@ -228,6 +231,7 @@ pub(super) fn run(
         shard: gate.shard(),
         gate,
         disk_size: config.disk_size,
+        is_merge,
         copy_bytes_max: config.copy_bytes_max as usize,
         buffers: Default::default(),
         maintaining: Arc::default(),
@@ -307,17 +311,68 @@ impl Copier {
 
     async fn copy(&self, range: ExtentRange) -> CopyResult {
         let span = self.span_of(range);
-        let buffer = match self.source.read(span, self.take_buffer()).await {
-            Ok(buffer) => buffer,
-            Err(e) => return CopyResult::SourceError(e),
-        };
+        let (mut at, end) = (span.offset, span.offset + span.len);
+        let (mut bytes_written, mut bytes_zero) = (0, 0);
+        while at < end {
+            let (len, is_held) = match self.next_held(at, end) {
+                Ok(run) => run,
+                Err(e) => return CopyResult::SourceError(e),
+            };
+            if is_held {
+                match self.copy_span(ByteSpan::new(at, len)).await {
+                    Ok((written, zero)) => {
+                        (bytes_written, bytes_zero) = (bytes_written + written, bytes_zero + zero)
+                    }
+                    Err(failed) => return failed,
+                }
+            } else {
+                bytes_zero += len;
+            }
+            at += len;
+        }
+        CopyResult::Done { bytes_written, bytes_zero }
+    }
+
+    async fn copy_span(&self, span: ByteSpan) -> Result<(u64, u64), CopyResult> {
+        let read = self.source.read(span, self.take_buffer()).await;
+        let buffer = read.map_err(CopyResult::SourceError)?;
         let (buffer, result) = self.write_thin(buffer, span).await;
         self.put_buffer(buffer);
-        match result {
-            Ok((bytes_written, bytes_zero)) => CopyResult::Done { bytes_written, bytes_zero },
-            Err(Fail { full: true, message }) => CopyResult::TargetFull(message),
-            Err(Fail { message, .. }) => CopyResult::TargetError(message),
+        result.map_err(|fail| match fail {
+            Fail { full: true, message } => CopyResult::TargetFull(message),
+            Fail { message, .. } => CopyResult::TargetError(message),
+        })
+    }
+
+    /// How much from `at` on, up to `end`, is to be copied, or else may be left to the layers below: where neither the
+    /// source's newest layers nor the target's have anything, both read what is below, which is the same.
+    fn next_held(&self, at: u64, end: u64) -> Result<(u64, bool), String> {
+        let Some(levels) = self.shared.own_levels else { return Ok((end - at, true)) };
+        let mut to = at;
+        let mut first = None;
+        while to < end {
+            let (len, is_held) = self.own_run(levels, to)?;
+            if *first.get_or_insert(is_held) != is_held {
+                break;
+            }
+            to += len;
         }
+        Ok((to.min(end) - at, first.unwrap_or(true)))
+    }
+
+    fn own_run(&self, levels: usize, at: u64) -> Result<(u64, bool), String> {
+        let own = |side: &Side, levels| match side.image.image().as_chain() {
+            Some(chain) => chain.next_own_extent(levels, at).map_err(|e| e.to_string()),
+            None => Ok(None),
+        };
+        let whole = self.disk_size - at;
+        let Some(source) = own(&self.source, levels)? else { return Ok((whole, true)) };
+        if source.state != AllocState::Absent || self.is_merge {
+            return Ok((source.span.len, source.state != AllocState::Absent));
+        }
+        let Some(target) = own(&self.target, 1)? else { return Ok((source.span.len, true)) };
+        // What a guest's write left on the target alone, when it failed on the source, must not stay.
+        Ok((source.span.len.min(target.span.len), target.state != AllocState::Absent))
     }
 
     /// Writes what is not zeroes and zeroes the rest. Returns how many bytes each.
@@ -350,6 +405,14 @@ impl Copier {
 
     async fn verify(&self, range: ExtentRange) -> VerifyResult {
         let span = self.span_of(range);
+        if self.is_merge {
+            match self.next_held(span.offset, span.offset + span.len) {
+                // Both sides read the same bytes of the same file there.
+                Ok((len, false)) if len == span.len => return VerifyResult::Equal,
+                Ok(_) => {}
+                Err(e) => return VerifyResult::SourceError(e),
+            }
+        }
         match (self.source.is_all_zero(span), self.target.is_all_zero(span)) {
             (Ok(true), Ok(true)) => return VerifyResult::Equal,
             (Err(e), _) => return VerifyResult::SourceError(e),

@@ -10,7 +10,10 @@
 mod control;
 mod copier;
 mod journal_file;
+mod layering;
 pub mod marks;
+mod merging;
+mod preparing;
 mod recovery;
 pub mod shared;
 
@@ -22,7 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use blockd_api::{ErrorInfo, Job, JobPhases, JobSwitch, Receipt};
-use formats::{CreateOptions, ErrorKind, Format, ImageType};
+use formats::{CreateOptions, ErrorKind, Format, Geometry, ImageType};
 use mirror::{
     Action, Config, Event, JobState, Machine, MirrorMode, OnTargetError, PauseReason, SwitchMode, Verify,
 };
@@ -32,8 +35,11 @@ use crate::disk::handle::{ImageHandle, OpenImage};
 use crate::disk::{Disk, DiskError};
 use control::Control;
 use journal_file::JournalFile;
+use merging::Merging;
+use preparing::{ParentCopy, Preparation};
 use shared::MoveShared;
 
+pub use layering::{Layering, Merge, ParentMove};
 pub use recovery::{Adopt, Recovered, recover};
 
 /// Bytes of one copy: large enough for a disk's full speed, small enough that a guest's write waits little for one.
@@ -77,16 +83,12 @@ pub struct MovePlan {
     pub copy_only: bool,
     /// What an error of the target does.
     pub on_target_error: OnTargetError,
+    /// How the images of a chain are dealt with.
+    #[serde(default)]
+    pub layering: Layering,
 }
 
 impl MovePlan {
-    /// The target's name until it is finished: nobody mistakes it for a disk.
-    pub fn temporary(&self) -> PathBuf {
-        let mut name = self.target.clone().into_os_string();
-        name.push(format!(".incomplete-{}", self.job));
-        name.into()
-    }
-
     fn config(&self, disk_size: u64) -> Config {
         // What the machine does not know, as the journal keeps it for a restart.
         let json = serde_json::to_string(self).expect("a plan is plain data");
@@ -115,13 +117,30 @@ impl MovePlan {
     }
 }
 
+/// Hands the control thread what it begins with.
+type Begin = std::sync::mpsc::Sender<(JournalFile, Vec<ParentCopy>)>;
+
 /// What a move tells the daemon.
 pub struct MoveHooks {
     /// The job is in another state.
     pub state_changed: Box<dyn Fn(&Job) + Send + Sync>,
-    /// The disk is another image now: path, format, generation. Must be durable when it returns.
+    /// The disk is another image now. Must be durable when it returns.
     #[expect(clippy::type_complexity, reason = "one use")]
-    pub image_changed: Box<dyn Fn(&Path, Format, u64) -> io::Result<()> + Send + Sync>,
+    pub image_changed: Box<dyn Fn(&NewImage) -> io::Result<()> + Send + Sync>,
+    /// Who else uses a file, if anybody does.
+    #[expect(clippy::type_complexity, reason = "one use")]
+    pub used_by: Box<dyn Fn(&Path) -> Option<String> + Send + Sync>,
+}
+
+/// What a disk is from the end of a move on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewImage {
+    /// The image and its parents, the nearest first.
+    pub files: Vec<PathBuf>,
+    /// The image's format.
+    pub format: Format,
+    /// The disk's generation.
+    pub generation: u64,
 }
 
 /// What is known of a move besides what its machine knows.
@@ -129,6 +148,8 @@ pub struct MoveHooks {
 struct Outcome {
     over: bool,
     source_deleted: bool,
+    /// Parents that others use were left.
+    parents_kept: bool,
     /// Somebody took the final name, so the target is under its temporary one.
     target_kept_name: bool,
     longest_guest_wait_us: u64,
@@ -142,6 +163,7 @@ struct Outcome {
 pub struct Move {
     plan: MovePlan,
     shared: Arc<MoveShared>,
+    preparation: Preparation,
     outcome: Mutex<Outcome>,
     ended: Condvar,
     started: SystemTime,
@@ -154,44 +176,82 @@ impl std::fmt::Debug for Move {
     }
 }
 
+/// Paths as the API has them.
+fn texts(paths: &[PathBuf]) -> Vec<String> {
+    paths.iter().map(|path| path.to_string_lossy().into_owned()).collect()
+}
+
 fn create_error(e: formats::CreateError) -> DiskError {
     DiskError::new(e.kind, format!("the target cannot be made: {e}"))
 }
 
 /// Makes the target under its temporary name and opens it.
-fn make_target(plan: &MovePlan, disk: &Disk) -> Result<Arc<ImageHandle>, DiskError> {
-    let geometry = disk.geometry();
+fn make_target(plan: &MovePlan, geometry: Geometry) -> Result<Arc<ImageHandle>, DiskError> {
     let temporary = plan.temporary();
     let options = CreateOptions {
-        format: plan.format,
         image_type: plan.image_type,
-        virtual_size: geometry.virtual_size,
         block_size: plan.block_size,
         logical_sector_size: geometry.logical_sector_size,
-        parent: None,
+        ..CreateOptions::new(plan.format, geometry.virtual_size)
     };
     formats::create(&temporary, &options).map_err(create_error)?;
     let how = OpenImage { format: Some(plan.format), ..OpenImage::default() };
-    let opened = ImageHandle::open(&temporary, &how).and_then(|target| {
-        let got = target.image().geometry();
-        if (got.virtual_size, got.logical_sector_size)
-            == (geometry.virtual_size, geometry.logical_sector_size)
-        {
-            return Ok(target);
-        }
-        Err(DiskError::new(
-            ErrorKind::Unsupported,
-            format!(
-                "{} cannot hold a disk of {} bytes with sectors of {}: choose another format",
-                plan.format, geometry.virtual_size, geometry.logical_sector_size
-            ),
-        ))
-    });
-    if opened.is_err() {
-        // What made it fail is told; a leftover under its temporary name cannot be mistaken for a disk.
-        let _ = std::fs::remove_file(&temporary);
+    ImageHandle::open(&temporary, &how)
+}
+
+/// Whether the target can stand for the source.
+fn check_same_geometry(plan: &MovePlan, geometry: Geometry, target: &ImageHandle) -> Result<(), DiskError> {
+    let got = target.image().geometry();
+    if (got.virtual_size, got.logical_sector_size) == (geometry.virtual_size, geometry.logical_sector_size) {
+        return Ok(());
     }
-    opened
+    Err(DiskError::new(
+        ErrorKind::Unsupported,
+        format!(
+            "{} cannot hold a disk of {} bytes with sectors of {}: choose another format",
+            plan.format, geometry.virtual_size, geometry.logical_sector_size
+        ),
+    ))
+}
+
+/// The two sides of a move, and the parents to be copied before it begins.
+struct Sides {
+    source: Arc<ImageHandle>,
+    target: Arc<ImageHandle>,
+    copies: Vec<ParentCopy>,
+}
+
+impl Sides {
+    /// Makes and opens what the plan says. What was made is removed again when that fails.
+    fn make(plan: &MovePlan, disk: &Disk) -> Result<Self, DiskError> {
+        let geometry = disk.geometry();
+        let source = disk.shared().route.load().source().clone();
+        let made = match &plan.layering {
+            Layering::Flat => make_target(plan, geometry).map(|target| (target, Vec::new())),
+            Layering::Chain(parents) => {
+                preparing::make_chain(plan, parents, &source, geometry, disk.notes_dir())
+            }
+            Layering::Merge(merge) => {
+                let Merging { source, target } = merging::begin(disk, plan, merge)?;
+                return Ok(Self { source, target, copies: Vec::new() });
+            }
+        };
+        let made = made.and_then(|made| check_same_geometry(plan, geometry, &made.0).map(|()| made));
+        if made.is_err() {
+            remove_made_files(plan);
+        }
+        made.map(|(target, copies)| Self { source, target, copies })
+    }
+}
+
+/// Removes what a move has made before it began. What made it fail is told; a leftover under its temporary name cannot be
+/// mistaken for a disk.
+fn remove_made_files(plan: &MovePlan) {
+    for (temporary, _) in plan.made_files().iter().rev() {
+        if let Err(e) = control::remove_durably(temporary) {
+            tracing::warn!(job = plan.job, "{} is left: {e}", temporary.display());
+        }
+    }
 }
 
 impl Move {
@@ -205,22 +265,22 @@ impl Move {
         moves_dir: &Path,
         hooks: MoveHooks,
     ) -> Result<Arc<Self>, DiskError> {
-        if plan.target.exists() {
+        if let Some((_, taken)) = plan.made_files().iter().find(|(_, target)| target.exists()) {
             return Err(DiskError::new(
                 ErrorKind::InvalidParameter,
-                format!("{} exists already; name another target", plan.target.display()),
+                format!("{} exists already; name another target", taken.display()),
             ));
         }
         let config = plan.config(disk.geometry().virtual_size);
         config.check().map_err(|e| DiskError::new(ErrorKind::InvalidParameter, e.to_string()))?;
         // The plan comes first: whatever a crash leaves of the target is found by it.
         let mut journal = JournalFile::open(moves_dir, &plan.job)?;
-        let target = journal
+        let sides = journal
             .append(&mirror::Record::plan(&config))
             .map_err(|e| DiskError::new(ErrorKind::Io, format!("the journal cannot be written: {e}")))
-            .and_then(|()| make_target(&plan, &disk));
-        let target = match target {
-            Ok(target) => target,
+            .and_then(|()| Sides::make(&plan, &disk));
+        let Sides { source, target, copies } = match sides {
+            Ok(sides) => sides,
             Err(e) => {
                 // Nothing has begun, so nothing is to be remembered.
                 journal.discard();
@@ -229,10 +289,11 @@ impl Move {
         };
         let (send, actions) = tokio::sync::mpsc::unbounded_channel();
         let disk_shared = disk.shared().clone();
-        let source = disk_shared.route.load().source().clone();
+        let preparation = Preparation::of(&copies, plan.bandwidth);
         let shared = MoveShared::new(
             Machine::new(config.clone()),
             &config,
+            plan.own_levels(),
             send,
             disk.mailboxes().to_vec(),
             disk_shared.route.clone(),
@@ -241,25 +302,28 @@ impl Move {
         );
         let this = Arc::new(Self {
             plan,
-            shared: shared.clone(),
+            shared,
+            preparation,
             outcome: Mutex::default(),
             ended: Condvar::new(),
             started: SystemTime::now(),
             hooks,
         });
-        let spawned = this.spawn_threads(disk, config, actions);
+        let spawned = this.spawn_threads(disk.clone(), config, actions);
         let to_control = match spawned {
             Ok(to_control) => to_control,
             Err(e) => {
                 // The target goes first, so that nothing is left that no journal knows of.
-                let _ = control::remove_durably(&this.plan.temporary());
+                match this.plan.layering {
+                    Layering::Merge(_) => drop(merging::give_up(&disk, &this.plan)),
+                    _ => remove_made_files(&this.plan),
+                }
                 journal.discard();
                 return Err(e);
             }
         };
         // The thread waits for nothing else.
-        let _ = to_control.send(journal);
-        shared.apply(Event::Start);
+        let _ = to_control.send((journal, copies));
         Ok(this)
     }
 
@@ -269,18 +333,18 @@ impl Move {
         disk: Arc<Disk>,
         config: Config,
         actions: tokio::sync::mpsc::UnboundedReceiver<Action>,
-    ) -> Result<std::sync::mpsc::Sender<JournalFile>, DiskError> {
+    ) -> Result<Begin, DiskError> {
         let no_thread =
             |e: io::Error| DiskError::new(ErrorKind::Io, format!("cannot start a thread for the move: {e}"));
         let (to_control, for_control) = std::sync::mpsc::channel();
-        let (begin, journal) = std::sync::mpsc::channel();
+        let (begin, journal) = std::sync::mpsc::channel::<(JournalFile, Vec<ParentCopy>)>();
         let (this, of_disk) = (self.clone(), disk.clone());
         std::thread::Builder::new()
             .name("move-control".into())
             .spawn(move || {
                 // Without a journal the move never began.
-                if let Ok(journal) = journal.recv() {
-                    Control::new(this, of_disk, journal).run(&for_control);
+                if let Ok((journal, copies)) = journal.recv() {
+                    Control::new(this, of_disk, journal).run(&copies, &for_control);
                 }
             })
             .map_err(no_thread)?;
@@ -294,7 +358,8 @@ impl Move {
                     let gone = to_control.send(action).is_err();
                     if last || gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 };
-                if let Err(e) = copier::run(this.shared.clone(), gate, &config, actions, &forward) {
+                let is_merge = matches!(this.plan.layering, Layering::Merge(_));
+                if let Err(e) = copier::run(this.shared.clone(), gate, &config, is_merge, actions, &forward) {
                     this.break_off(&format!("the copier cannot run: {e}"));
                 }
             })
@@ -330,6 +395,7 @@ impl Move {
         let (state, progress) = (machine.state(), machine.progress(self.shared.now()));
         drop(machine);
         let outcome = self.outcome().clone();
+        let prepared = self.preparation.state().clone();
         let info = |kind: &str, message: String| Some(ErrorInfo { kind: kind.into(), message });
         let error = match &state {
             JobState::Failed { reason } => info("io", reason.clone()),
@@ -341,19 +407,35 @@ impl Move {
             }
             _ => outcome.broken.clone().and_then(|why| info("internal", why)),
         };
+        let error = match &prepared.failed {
+            Some(why) => info("io", why.clone()),
+            None => error,
+        };
+        let state = match &prepared {
+            p if p.failed.is_some() && state.is_final() => "failed",
+            p if p.is_running && p.is_paused => "paused",
+            p if p.is_running => "copying",
+            _ if outcome.broken.is_some() => "failed",
+            _ => state.word(),
+        };
         let plan = &self.plan;
-        let target = if outcome.target_kept_name { plan.temporary() } else { plan.target.clone() };
+        let target =
+            if outcome.target_kept_name { self.shared.target().paths() } else { plan.target_files() };
+        let source = match plan.layering {
+            Layering::Flat => vec![plan.source.clone()],
+            Layering::Chain(_) | Layering::Merge(_) => plan.source_files(),
+        };
         Job {
             job: plan.job.clone(),
             disks: vec![plan.disk.clone()],
-            state: if outcome.broken.is_some() { "failed".into() } else { state.word().into() },
-            source: vec![plan.source.to_string_lossy().into_owned()],
-            target: vec![target.to_string_lossy().into_owned()],
-            bytes_total: progress.bytes_total,
-            bytes_copied: progress.bytes_copied,
+            state: state.into(),
+            source: texts(&source),
+            target: texts(&target),
+            bytes_total: prepared.total + progress.bytes_total,
+            bytes_copied: prepared.copied + progress.bytes_copied,
             bytes_mirrored: progress.bytes_mirrored,
             bytes_dirty: progress.bytes_dirty,
-            bytes_skipped_zero: progress.bytes_skipped_zero,
+            bytes_skipped_zero: prepared.zero + progress.bytes_skipped_zero,
             bytes_verified: progress.bytes_verified,
             rate_bytes_per_s: progress.rate_bytes_per_s,
             eta_s: progress.eta_s.unwrap_or(0),
@@ -386,12 +468,12 @@ impl Move {
 
     /// No further copies until it is resumed.
     pub fn pause(&self) {
-        self.shared.apply(Event::Pause);
+        self.tell(Event::Pause, |preparation| preparation.is_paused = true);
     }
 
     /// Goes on after a pause or a target's error.
     pub fn resume(&self) {
-        self.shared.apply(Event::Resume);
+        self.tell(Event::Resume, |preparation| preparation.is_paused = false);
     }
 
     /// The target may become the disk as soon as both are equal.
@@ -401,12 +483,24 @@ impl Move {
 
     /// Back to the source, unless the commit was asked for.
     pub fn cancel(&self) {
-        self.shared.apply(Event::Cancel);
+        self.tell(Event::Cancel, |preparation| preparation.is_cancelled = true);
     }
 
     /// Another limit, in bytes a second.
     pub fn set_bandwidth(&self, limit: Option<u64>) {
+        self.preparation.state().bandwidth = limit;
         self.shared.apply(Event::SetBandwidth(limit));
+    }
+
+    /// Tells the machine, or what comes before it.
+    fn tell(&self, event: Event, prepare: impl FnOnce(&mut preparing::State)) {
+        let mut preparation = self.preparation.state();
+        if preparation.is_running {
+            prepare(&mut preparation);
+        } else {
+            drop(preparation);
+            self.shared.apply(event);
+        }
     }
 
     /// Returns when the move is over.

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use blockd_api::{ErrorInfo, Job};
-use formats::{ErrorKind, Format};
+use formats::ErrorKind;
 use mirror::{Record, Recovery};
 
-use super::MovePlan;
 use super::control::{remove_durably, rename_durably};
 use super::journal_file::{EXTENSION, JournalFile};
+use super::layering::Layering;
+use super::{MovePlan, NewImage, texts};
 use crate::disk::DiskError;
 
 /// What the journals say.
@@ -18,14 +19,14 @@ use crate::disk::DiskError;
 pub struct Recovered {
     /// Moves that are over.
     pub jobs: Vec<Job>,
-    /// Disks whose image is another than their record may say: path, format, generation.
-    pub images: BTreeMap<String, (PathBuf, Format, u64)>,
+    /// Disks whose image is another than their record may say.
+    pub images: BTreeMap<String, NewImage>,
     /// Moves to begin again from the start, once their disk is served.
     pub restart: Vec<MovePlan>,
 }
 
-/// Writes durably that a disk is another image now: the disk's name, path, format, generation.
-pub type Adopt<'a> = dyn Fn(&str, &Path, Format, u64) -> io::Result<()> + 'a;
+/// Writes durably that a disk, by its name, is another image now.
+pub type Adopt<'a> = dyn Fn(&str, &NewImage) -> io::Result<()> + 'a;
 
 /// Reads all journals, finishes what was committed and undoes what was not. To be called before any disk is opened.
 /// `adopt` is called for each disk whose move was committed but not finished; where it fails, the journal is left as it
@@ -77,19 +78,23 @@ fn one(moves_dir: &Path, path: &Path, adopt: &Adopt<'_>, recovered: &mut Recover
     match decision {
         Recovery::Nothing => recovered.jobs.push(over(&plan, &records)),
         Recovery::SourceIsDisk { finish_copy: true, .. } => {
-            if let Err(e) = rename_durably(&plan.temporary(), &plan.target) {
-                let (from, to) = (plan.temporary(), &plan.target);
-                tracing::error!(job, "the copy {} cannot become {}: {e}", from.display(), to.display());
-                return Ok(());
+            for (from, to) in plan.made_files() {
+                if let Err(e) = rename_durably(&from, &to) {
+                    tracing::error!(job, "the copy {} cannot become {}: {e}", from.display(), to.display());
+                    return Ok(());
+                }
             }
             let receipt = mirror::Receipt { verified: plan.verify, ..mirror::Receipt::default() };
             append(&[Record::TargetFinished, Record::Done { receipt }])?;
             recovered.jobs.push(over(&plan, &records));
         }
         Recovery::SourceIsDisk { restart, .. } => {
-            if let Err(e) = remove_durably(&plan.temporary()) {
-                // A leftover under its temporary name harms nobody; that its storage is away must not hold up other disks.
-                tracing::warn!(job, "the unfinished target {} is left: {e}", plan.temporary().display());
+            for (temporary, _) in plan.made_files().iter().rev() {
+                if let Err(e) = remove_durably(temporary) {
+                    // A leftover under its temporary name harms nobody; that its storage is away must not hold up other
+                    // disks.
+                    tracing::warn!(job, "the unfinished target {} is left: {e}", temporary.display());
+                }
             }
             if restart {
                 tracing::info!(job, disk = plan.disk, "the move was interrupted and begins again");
@@ -120,21 +125,18 @@ fn finish_move(
     recovered: &mut Recovered,
 ) -> Vec<Record> {
     let mut done = Vec::new();
-    let mut image = plan.target.clone();
-    if finish && let Err(e) = rename_durably(&plan.temporary(), &plan.target) {
-        tracing::error!(
-            job = plan.job,
-            "{} cannot become {}: {e}",
-            plan.temporary().display(),
-            image.display()
-        );
-        // Under the name that it has, it is the disk.
-        image = plan.temporary();
+    let mut files = plan.target_files();
+    for (from, to) in plan.made_files().into_iter().filter(|_| finish) {
+        if let Err(e) = rename_durably(&from, &to) {
+            tracing::error!(job = plan.job, "{} cannot become {}: {e}", from.display(), to.display());
+            // Under the name that it has, it is a file of the disk.
+            files.iter_mut().filter(|file| **file == to).for_each(|file| file.clone_from(&from));
+        }
     }
-    let generation = plan.generation + 1;
-    recovered.images.insert(plan.disk.clone(), (image.clone(), plan.format, generation));
+    let image = NewImage { files, format: plan.format, generation: plan.generation + 1 };
+    recovered.images.insert(plan.disk.clone(), image.clone());
     // Before the journal says that there is nothing left to do: from then on the disk's record alone counts.
-    if let Err(e) = adopt(&plan.disk, &image, plan.format, generation) {
+    if let Err(e) = adopt(&plan.disk, &image) {
         tracing::error!(job = plan.job, disk = plan.disk, "the disk's record cannot be written: {e}");
         return done;
     }
@@ -144,13 +146,27 @@ fn finish_move(
     let mut warning = "finished after a restart".to_owned();
     let mut deleted = false;
     if delete_source {
-        match remove_durably(&plan.source) {
-            Ok(()) => {
-                done.push(Record::SourceDeleted);
-                deleted = true;
+        deleted = true;
+        // Whether other disks have the same parents is not known this early.
+        let is_chain = matches!(plan.layering, Layering::Chain(_));
+        let files = plan.source_files();
+        for path in files.iter().take(if is_chain { 1 } else { files.len() }) {
+            if let Err(e) = remove_durably(path) {
+                warning = format!("the source {} cannot be deleted: {e}", path.display());
+                tracing::warn!(job = plan.job, "{warning}");
+                deleted = false;
+                break;
             }
-            Err(e) => {
-                warning = format!("the source {} cannot be deleted: {e}", plan.source.display());
+        }
+        if deleted {
+            done.push(Record::SourceDeleted);
+            let left: Vec<_> =
+                files.iter().skip(1).filter(|f| is_chain && f.exists()).map(|f| f.display()).collect();
+            if !left.is_empty() {
+                let left = left.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+                warning = format!(
+                    "finished after a restart; the parents {left} are left: delete them if nothing else needs them"
+                );
                 tracing::warn!(job = plan.job, "{warning}");
             }
         }
@@ -189,8 +205,8 @@ fn over(plan: &MovePlan, records: &[Record]) -> Job {
             "done"
         }
         .into(),
-        source: vec![plan.source.to_string_lossy().into_owned()],
-        target: vec![plan.target.to_string_lossy().into_owned()],
+        source: texts(&plan.source_files()),
+        target: texts(&plan.target_files()),
         bytes_total: receipt.bytes_total,
         bytes_copied: receipt.bytes_copied,
         bytes_mirrored: receipt.bytes_mirrored,

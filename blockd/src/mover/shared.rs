@@ -50,6 +50,8 @@ pub struct MoveShared {
     machine: Mutex<Machine>,
     /// Bytes of an extent.
     pub extent_size: u64,
+    /// How many of the source's newest images are copied by themselves; `None` when all that it reads as is.
+    pub own_levels: Option<usize>,
     started: Instant,
     marks: Marks,
     delivering: Mutex<()>,
@@ -66,9 +68,11 @@ pub struct MoveShared {
 
 impl MoveShared {
     /// A move that has not begun. `actions` gets what the move's threads are to do.
+    #[expect(clippy::too_many_arguments, reason = "one use")]
     pub fn new(
         machine: Machine,
         config: &mirror::Config,
+        own_levels: Option<usize>,
         actions: UnboundedSender<Action>,
         mailboxes: Vec<Arc<Mailbox>>,
         route: Arc<ArcSwap<Route>>,
@@ -78,6 +82,7 @@ impl MoveShared {
         Arc::new(Self {
             machine: Mutex::new(machine),
             extent_size: config.extent_size,
+            own_levels,
             started: Instant::now(),
             marks: Marks::new(config.extent_count()),
             delivering: Mutex::default(),

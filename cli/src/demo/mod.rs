@@ -341,6 +341,8 @@ fn request(stage: &Stage) -> MoveRequest {
         bandwidth: None,
         keep_source: false,
         copy_only: false,
+        flatten: false,
+        files: Vec::new(),
         // Nobody is there to mend and resume it.
         on_target_error: "abort".into(),
     }

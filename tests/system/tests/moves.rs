@@ -70,6 +70,8 @@ impl Bench {
             bandwidth: None,
             keep_source: false,
             copy_only: false,
+            flatten: false,
+            files: Vec::new(),
             on_target_error: "pause".into(),
         };
         change(&mut request);

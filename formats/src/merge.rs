@@ -1,0 +1,194 @@
+//! Opening a chain in another way while its newest image stays locked: with a parent that can be written to.
+//!
+//! Whatever the images above a parent have hides what the parent has there, so a merge may write it there without changing
+//! what the chain reads as. The id of a VHDX's content changes before it is first written to; so its child first gets both
+//! ids (MS-VHDX 2.6.2.6.3, `parent_linkage2`), and is known to be a child of it whatever happens in between.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::create::link_to_parent;
+use crate::layers::on_parents;
+use crate::lock::{Lock, LockError, lock, unlock};
+use crate::parents::FileId;
+use crate::{
+    Chain, ErrorKind, FileStorage, Image, ImageError, LayerOptions, NotesFile, Storage, dispatch, notes_dir,
+};
+
+/// A chain whose newest images are to be merged into the one below them.
+#[derive(Debug, Clone, Copy)]
+pub struct MergeChain<'a> {
+    /// The chain.
+    pub chain: &'a Chain,
+    /// Where its images are, the newest first.
+    pub paths: &'a [PathBuf],
+    /// How many of the newest images are merged: the next one takes them.
+    pub levels: usize,
+    /// See [`crate::OpenOptions::notes_dir`].
+    pub notes_dir: Option<&'a Path>,
+}
+
+/// The parent that takes what is merged, and its child, open for writing: nobody else has them open. Dropped unused, they
+/// are as before.
+#[derive(Debug)]
+pub struct MergeFiles {
+    target: Taken,
+    /// The child of the target, where that is not the newest image.
+    child: Option<Taken>,
+}
+
+/// A file that is read elsewhere in this process, and whose lock was handed over for as long as this lives.
+#[derive(Debug)]
+struct Taken {
+    storage: Arc<dyn Storage>,
+    /// That of the reader.
+    before: Option<Arc<dyn Storage>>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let Some(before) = &self.before else { return };
+        if let (Some(taken), Some(file)) = (self.storage.file(), before.file()) {
+            let back = unlock(taken).map_err(LockError::Io).and_then(|()| lock(file, Lock::Shared));
+            if back.is_err() {
+                tracing::warn!("a parent could not be locked again after a merge");
+            }
+        }
+    }
+}
+
+/// Both sides of a merge: images that share the layers that they have in common.
+#[derive(Debug)]
+pub struct MergeSides {
+    /// The chain, as before.
+    pub chain: Arc<dyn Image>,
+    /// The parent that takes what is merged, with its own parents.
+    pub target: Arc<dyn Image>,
+}
+
+/// Why a merge could not be begun, and the chain to go on with; `None` when it could not be opened again.
+#[derive(Debug)]
+pub struct MergeRefused {
+    /// Why.
+    pub error: ImageError,
+    /// The chain as it is now, opened anew.
+    pub chain: Option<Arc<dyn Image>>,
+}
+
+impl MergeChain<'_> {
+    /// Opens the files that a merge writes to, and locks them. Changes nothing, and the chain may be in use.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Locked`] when somebody else reads the parent, [`ErrorKind::Io`] when it can't be opened for writing.
+    pub fn take_files(&self) -> Result<MergeFiles, ImageError> {
+        let target = self.take(self.levels)?;
+        let child = if self.levels > 1 { Some(self.take(self.levels - 1)?) } else { None };
+        Ok(MergeFiles { target, child })
+    }
+
+    fn take(&self, level: usize) -> Result<Taken, ImageError> {
+        let path = self.paths[level].display();
+        let before = self.chain.files()[level].clone();
+        let refused = |e| ImageError::io(format!("{path} cannot be opened for writing"), e);
+        let held = file_of(&before).map_err(refused)?;
+        // The very file, whatever its name leads to by now.
+        let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd()));
+        let file = file.map_err(refused)?;
+        unlock(held).map_err(refused)?;
+        let locked = lock(&file, Lock::Exclusive);
+        let taken = Taken { storage: Arc::new(FileStorage::new(file)), before: Some(before) };
+        match locked {
+            Ok(()) => Ok(taken),
+            Err(LockError::Io(e)) => Err(ImageError::io(format!("locking {path}"), e)),
+            Err(LockError::Held) => Err(ImageError::new(
+                ErrorKind::Locked,
+                format!(
+                    "{path} is read by somebody else, perhaps as the parent of another disk: a merge would change it"
+                ),
+            )),
+        }
+    }
+
+    /// Opens the chain with a parent that can be written to. The newest image was closed, and nothing uses the chain; what it
+    /// was is not to be used any more, whatever is answered.
+    ///
+    /// # Errors
+    /// What the files say; the chain is opened again as it was.
+    pub fn open(&self, files: MergeFiles) -> Result<MergeSides, MergeRefused> {
+        self.open_for_writing(files).map_err(|error| {
+            let chain = self.on(self.chain.layers()[self.levels].clone());
+            if let Err(e) = &chain {
+                tracing::error!("{}: the chain can't be opened again: {e}", self.paths[0].display());
+            }
+            MergeRefused { error, chain: chain.ok() }
+        })
+    }
+
+    fn open_for_writing(&self, mut files: MergeFiles) -> Result<MergeSides, ImageError> {
+        let target = &self.chain.layers()[self.levels];
+        let next_id = Uuid::new_v4();
+        let child = files.child.as_ref().map_or(&self.chain.files()[0], |child| &child.storage);
+        self.relink(child, target.content_id().unwrap_or_default(), Some(next_id))?;
+        let notes = self.notes(&files.target.storage)?;
+        let options = LayerOptions { next_content_id: Some(next_id), notes, ..LayerOptions::default() };
+        let layer = dispatch::open_layer(target.format(), files.target.storage.clone(), &options)?;
+        layer.begin_changes()?;
+        let sides = MergeSides {
+            target: on_parents(layer.clone(), &self.chain.layers()[self.levels + 1..])?,
+            chain: self.on(layer)?,
+        };
+        // From here on the layer holds the file, and its lock.
+        files.target.before = None;
+        Ok(sides)
+    }
+
+    /// After a merge that was given up: the parent, which was closed, is read only from now on, and its child knows it by the
+    /// id that it has now. The newest image was closed, and nothing uses the chain, which is that of [`MergeSides`].
+    ///
+    /// # Errors
+    /// What the files say.
+    pub fn give_up(&self) -> Result<Arc<dyn Image>, ImageError> {
+        let target = self.chain.layers()[self.levels].clone();
+        let child = if self.levels > 1 { Some(self.take(self.levels - 1)?) } else { None };
+        let storage = child.as_ref().map_or(&self.chain.files()[0], |child| &child.storage);
+        self.relink(storage, target.content_id().unwrap_or_default(), None)?;
+        drop(child);
+        lock(file_of(&target.files()[0]).map_err(|e| ImageError::io("the parent", e))?, Lock::Shared)
+            .map_err(|_| ImageError::new(ErrorKind::Locked, "the parent's lock could not be shared again"))?;
+        self.on(target)
+    }
+
+    /// Has the child of the target name these ids.
+    fn relink(&self, child: &Arc<dyn Storage>, id: Uuid, next_id: Option<Uuid>) -> Result<(), ImageError> {
+        let (path, parent) = (&self.paths[self.levels - 1], &self.paths[self.levels]);
+        let link = link_to_parent(path, parent, id, next_id)?;
+        dispatch::relink(self.chain.layers()[self.levels].format(), child, &link)
+    }
+
+    /// The chain on this target. Its newest image is opened anew: the link to its parent may have changed in it.
+    fn on(&self, target: Arc<dyn Image>) -> Result<Arc<dyn Image>, ImageError> {
+        let (layers, storage) = (self.chain.layers(), &self.chain.files()[0]);
+        let options = LayerOptions { notes: self.notes(storage)?, ..LayerOptions::default() };
+        let top = dispatch::open_layer(layers[0].format(), storage.clone(), &options)?;
+        let mut parents = layers[1..self.levels].to_vec();
+        parents.push(target);
+        parents.extend_from_slice(&layers[self.levels + 1..]);
+        on_parents(top, &parents)
+    }
+
+    fn notes(&self, storage: &Arc<dyn Storage>) -> Result<Option<NotesFile>, ImageError> {
+        let Some(dir) = self.notes_dir else { return Ok(None) };
+        let file =
+            file_of(storage).and_then(FileId::of).map_err(|e| ImageError::io("the image's file", e))?;
+        let notes = notes_dir::open(dir, file);
+        notes.map(|notes| Some(notes.file)).map_err(|e| ImageError::new(e.kind, e.to_string()))
+    }
+}
+
+fn file_of(storage: &Arc<dyn Storage>) -> std::io::Result<&File> {
+    storage.file().ok_or_else(|| std::io::Error::other("there is no file"))
+}
