@@ -507,6 +507,12 @@ impl Step {
 
 /// Sets bits of one block; `true`, and nothing is changed, when that makes all of them set.
 fn set_bits(edit: &mut Edit<'_>, spans: &[BitSpan], parts: &[Range<u64>]) -> Result<bool, ImageError> {
+    let covers = |span: &BitSpan| {
+        parts.iter().any(|part| part.start <= span.sector && part.end >= span.sector + span.count)
+    };
+    if spans.iter().all(covers) {
+        return Ok(true);
+    }
     let (touched, others): (Vec<&BitSpan>, Vec<&BitSpan>) =
         spans.iter().partition(|span| parts.iter().any(|part| span.touches(part)));
     let mut full = true;
