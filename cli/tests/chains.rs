@@ -334,3 +334,41 @@ fn writes_of_a_killed_daemon_are_brought_home_before_an_image_is_changed() {
         assert_eq!(formats_read(&dir.join("whole.img"), MIB)[..512], [9; 512], "{verb}");
     }
 }
+
+#[test]
+fn compacting_that_is_broken_off_leaves_the_same_disk() {
+    use nix::sys::signal::{Signal, kill};
+    let mut broken_off = 0;
+    for (n, format) in ["vhd", "vhdx", "raw"].into_iter().cycle().take(6).enumerate() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let dir = dir.path();
+        let disk = format!("disk.{format}");
+        write_raw(&dir.join("a.img"), 128 * MIB);
+        image(dir, &format!("create {disk} --size 128M")).expect(0);
+        let opened = formats::open(dir.join(&disk), &formats::OpenOptions::default()).expect("opens");
+        for at in (0..128).map(|n| n * MIB) {
+            formats::write_payload(&*opened, at, &vec![0; MIB as usize]).expect("written");
+        }
+        for at in [0, 64 * MIB, 128 * MIB - 65536] {
+            formats::write_payload(&*opened, at, &formats_read(&dir.join("a.img"), at)).expect("written");
+        }
+        opened.close().expect("closed");
+        drop(opened);
+        let mut command = support::command();
+        command.current_dir(dir).args(["image", "compact", &disk, "--json"]);
+        let child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
+        let child = child.spawn().expect("the program starts");
+        std::thread::sleep(std::time::Duration::from_millis(10 + 8 * n as u64));
+        let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
+        kill(pid, Signal::SIGINT).expect("signalled");
+        let ended = child.wait_with_output().expect("it ends");
+        // Before it listens to signals, one simply ends it.
+        assert!([Some(0), Some(3), None].contains(&ended.status.code()), "{ended:?}");
+        broken_off += usize::from(ended.status.code() == Some(3));
+        image(dir, &format!("compare {disk} a.img")).expect(0);
+        image(dir, &format!("compact {disk}")).expect(0);
+        image(dir, &format!("compare {disk} a.img")).expect(0);
+        image(dir, &format!("check {disk}")).expect(0);
+    }
+    println!("{broken_off} of 6 were broken off in the middle");
+}

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::{FormatName, settle};
 use crate::failure::{Exit, Failure};
 use crate::interrupt::guarded;
-use crate::render::{self, Screen};
+use crate::render::{self, Screen, complain};
 
 /// Give unused space of an image that nobody uses back: blocks of zeroes, and gaps
 #[derive(Debug, Args)]
@@ -39,7 +39,7 @@ pub(crate) async fn run(args: CompactArgs, screen: Screen) -> Result<Exit, Failu
             if cancel.is_set() {
                 // There is no way back to go: wherever it ends, the image is sound.
                 bar.finish_and_clear();
-                std::process::exit(Exit::Cancelled as i32);
+                end_here(screen);
             }
         })?;
         bar.finish_and_clear();
@@ -54,4 +54,15 @@ pub(crate) async fn run(args: CompactArgs, screen: Screen) -> Result<Exit, Failu
         format!("{path}: {freed} given back, {moved} moved for that")
     })?;
     Ok(Exit::Done)
+}
+
+/// Ends the process in the middle of the work, which can only be broken off.
+fn end_here(screen: Screen) -> ! {
+    let failure = Failure::cancelled("cancelled; the image is sound, and the next run goes on from here");
+    complain(&failure.message);
+    if screen.is_json() {
+        // Standard output may have gone away; the exit code tells it anyway.
+        let _ = screen.json_line(&failure.body());
+    }
+    std::process::exit(failure.exit as i32)
 }
