@@ -86,7 +86,7 @@ fn python() -> PathBuf {
     folder().join("python/bin/python3")
 }
 
-/// Content as libvhdi reads it: everything but VHDs with parents. It does not replay logs, and where a child says that a block
+/// Content as libvhdi reads it: everything but VHDs with parents or another size than they had at first. It does not replay logs, and where a child says that a block
 /// is zeroes it reads what the parent has. The image first, then its parents.
 pub fn libvhdi(chain: &[&Path]) -> Option<Result<Vec<u8>, String>> {
     runs("libvhdi", python(), &["-c", "import pyvhdi"], None)

@@ -27,6 +27,9 @@ pub struct Disk {
     pub model: Vec<u8>,
     pub sector: u64,
     pub rng: ChaCha8Rng,
+    /// It has not the size any more that it was made with. libvhdi gives a VHD the size that it had at first, and vhd-lib takes
+    /// one that was larger for an error.
+    pub resized: bool,
 }
 
 impl Disk {
@@ -43,6 +46,7 @@ impl Disk {
             model: vec![0; options.virtual_size as usize],
             sector: options.logical_sector_size.into(),
             rng: ChaCha8Rng::seed_from_u64(seed),
+            resized: false,
         };
         disk.open();
         disk
@@ -241,7 +245,9 @@ impl Disk {
                     compare("vhd-lib", self.through_vhd_lib(scratch.path()));
                 } else {
                     compare("QEMU", self.through_qemu());
-                    compare("libvhdi", readers::libvhdi(&[self.top()]));
+                    if !self.resized {
+                        compare("libvhdi", readers::libvhdi(&[self.top()]));
+                    }
                 }
                 self.vhd_util_agrees();
             }
@@ -309,7 +315,7 @@ impl Disk {
         let alike = infos
             .iter()
             .all(|info| info.block_size == infos[0].block_size && info.virtual_size == infos[0].virtual_size);
-        if !alike || infos.last()?.image_type != ImageType::Dynamic {
+        if !alike || self.resized || infos.last()?.image_type != ImageType::Dynamic {
             return None;
         }
         let flat = scratch.join("flat.vhd");
