@@ -213,6 +213,10 @@ impl Image for Chain {
         self.top.sync_done(token)
     }
 
+    fn sync_failed(&self, why: &str) {
+        self.top.sync_failed(why);
+    }
+
     fn wants_maintenance(&self) -> bool {
         self.top.wants_maintenance()
     }

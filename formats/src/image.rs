@@ -293,6 +293,9 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     /// Says that the image's own file was synced after `token` was taken. `None`: everything that was written before
     /// `token` is durable. `Some`: it is after one more sync, to be started now, and a call with this token.
     fn sync_done(&self, token: SyncToken) -> Result<Option<SyncToken>, ImageError>;
+    /// Says that a sync of the image's own file has failed: what was written before may be lost, and no later sync brings it
+    /// back though it may succeed. An image with metadata takes no further writes, so that none comes to depend on that.
+    fn sync_failed(&self, why: &str);
 
     /// Whether [`Image::maintain`] would find enough to do (log filling up, space to give back, file to extend).
     fn wants_maintenance(&self) -> bool;

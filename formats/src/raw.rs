@@ -227,6 +227,8 @@ impl Image for Raw {
         Ok(None)
     }
 
+    fn sync_failed(&self, _why: &str) {}
+
     fn wants_maintenance(&self) -> bool {
         false
     }

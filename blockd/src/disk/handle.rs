@@ -237,6 +237,7 @@ impl ImageHandle {
     /// This sync's error, or that of an earlier one.
     pub fn synced(&self, ended: Result<(), String>) -> Result<(), String> {
         if let Err(e) = ended {
+            self.image.sync_failed(&e);
             let _ = self.sync_failed.set(e);
         }
         self.sync_failed.get().map_or(Ok(()), |e| Err(e.clone()))

@@ -220,6 +220,10 @@ impl Differencing {
         Ok((*written_at >= token.0).then_some(SyncToken(token.0 | LAST)))
     }
 
+    pub(super) fn sync_failed(&self, why: &str) {
+        self.blocks.sync_failed(why);
+    }
+
     /// Writes the bits of sectors whose payload is durable.
     fn record(
         &self,

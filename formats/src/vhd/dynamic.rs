@@ -207,6 +207,11 @@ impl Dynamic {
         error
     }
 
+    /// A sync by somebody else has failed.
+    pub(super) fn sync_failed(&self, why: &str) {
+        self.fatal(ImageError::new(ErrorKind::Io, format!("syncing the image: {why}")));
+    }
+
     /// Syncs the file.
     pub(super) fn sync(&self) -> Result<(), ImageError> {
         sync(self.storage()).map_err(|e| self.fatal(e))

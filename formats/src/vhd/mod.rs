@@ -398,6 +398,14 @@ impl Image for Vhd {
         }
     }
 
+    fn sync_failed(&self, why: &str) {
+        match &self.kind {
+            Kind::Fixed(_) => {}
+            Kind::Dynamic(d) => d.sync_failed(why),
+            Kind::Differencing(d) => d.sync_failed(why),
+        }
+    }
+
     fn wants_maintenance(&self) -> bool {
         match &self.kind {
             Kind::Fixed(_) => false,

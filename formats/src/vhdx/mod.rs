@@ -489,6 +489,10 @@ impl Image for Vhdx {
         Ok(None)
     }
 
+    fn sync_failed(&self, why: &str) {
+        self.poison(&ImageError::new(ErrorKind::Io, format!("syncing the image: {why}")));
+    }
+
     fn wants_maintenance(&self) -> bool {
         self.wants_maintenance.load(Ordering::Relaxed)
     }
