@@ -51,6 +51,9 @@ const CROWDED_MAX: usize = 100;
 /// Ranges of own sectors that are looked at for one entry of the log.
 const RANGES_MAX: usize = 1024;
 
+/// Sectors whose bits are looked at together.
+const WORD_SECTORS: u64 = 64;
+
 /// What a differencing image has more than others.
 #[derive(Debug)]
 pub(super) struct Differences {
@@ -180,17 +183,20 @@ impl Vhdx {
         let sector = self.sector();
         let (first, within) = (offset / sector, offset % self.block_size());
         let left = (self.block_len(block) - within) / sector;
-        let count = (PAGE_SECTORS - first % PAGE_SECTORS).min(left);
-        let mut run = None;
-        if self
-            .runs(diff, (block, entry), (first, count), &mut |len, own| {
+        let run_within = |count: u64| {
+            let mut run = None;
+            let settled = self.runs(diff, (block, entry), (first, count), &mut |len, own| {
                 run.get_or_insert((len, own));
-            })?
-            .is_none()
-        {
-            return Ok(None);
+            })?;
+            Ok::<_, ImageError>(settled.map(|()| run.expect("a run of at least one sector")))
+        };
+        // Single sectors in turn are common, and so are long runs: not all of a page is looked at for each of the former.
+        let few = (WORD_SECTORS - first % WORD_SECTORS).min(left);
+        let mut run = run_within(few)?;
+        if run.is_some_and(|(len, _)| len == few) {
+            run = run_within((PAGE_SECTORS - first % PAGE_SECTORS).min(left))?;
         }
-        let (sectors, own) = run.expect("a run of at least one sector");
+        let Some((sectors, own)) = run else { return Ok(None) };
         let len = sectors * sector;
         if !own {
             return Ok(Some((len, AllocState::Absent)));

@@ -12,6 +12,8 @@ use formats::{Chain, Image, NotesFile, Storage, ZeroMode};
 use formats_tests::{
     CrashCount, CrashExplorer, CrashKind, History, Mark, Progress, SimDisk, SimStorage, TraceOp, read_payload,
 };
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use vhdx_diff::{BOOT, MIB, OTHER_BOOT, Tape, content, create, layer, over, read_only, sound};
 
 const DISK: u64 = 48 * MIB;
@@ -432,4 +434,35 @@ fn a_full_disk_under_the_notes_costs_time_and_no_write() {
     }
     child.flush(&disk);
     explore(&child, "no space for notes");
+}
+
+/// Random sessions on a few blocks, with kills in between.
+#[test]
+fn random_sessions_survive_every_crash() {
+    for seed in 0..8 {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let mut child = Child::new(if seed % 3 == 2 { 4096 } else { 512 });
+        let sector = if seed % 3 == 2 { 4096 } else { 512 };
+        let mut disk = child.open();
+        for step in 0..14u8 {
+            let at = random.random_range(0..3) * MIB + random.random_range(0..8) * sector;
+            match random.random_range(0..12) {
+                0..5 => child.write(&disk, at, &content(step + 1, sector)),
+                5 => child.zero(&disk, at, sector, ZeroMode::Unmap),
+                6 => child.zero(&disk, at / MIB * MIB, MIB, ZeroMode::Unmap),
+                7 | 8 => child.flush(&disk),
+                9 => disk.maintain(&|| ()).unwrap(),
+                10 => child.close(&disk),
+                _ => {
+                    drop(disk);
+                    disk = child.open();
+                }
+            }
+        }
+        let kills = kill_everywhere(&child, MARKS, "random sessions");
+        let explorer =
+            CrashExplorer { exhaustive_units: 6, pair_units: 0, seeded_subsets: 8, seed, from: MARKS };
+        let count = cut_power_everywhere(&child, &explorer, "random sessions");
+        println!("random session {seed}: {count}; and {kills} deaths of the process");
+    }
 }

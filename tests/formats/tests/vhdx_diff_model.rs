@@ -522,3 +522,97 @@ fn a_session_gets_the_content_id_that_was_asked_for() {
     assert_eq!(link.ids, [read_only(&stack.sims[0]).content_id().unwrap()]);
     assert_eq!(link.paths[0].text, ".\\p.vhdx");
 }
+
+/// m10: a parent whose log was left is read through it, and its payload where it is.
+#[test]
+fn a_parent_with_a_log_that_was_left_is_read_through_it() {
+    let mut stack = filled(4 * MIB, MIB, 512, 7);
+    let image = stack.open();
+    let mut model = vec![7; 4 * MIB as usize];
+    write_payload(&*image, 512, &[1; 1024]).unwrap();
+    model[512..1536].fill(1);
+    image.commit().unwrap();
+    image.maintain(&|| ()).unwrap();
+    write_payload(&*image, 2048, &[2; 512]).unwrap();
+    write_payload(&*image, 3 * MIB, &[3; 512]).unwrap();
+    model[2048..2560].fill(2);
+    model[3 * MIB as usize..][..512].fill(3);
+    image.commit().unwrap();
+    // The process dies. The bits are in the log alone, and the log changes no payload.
+    drop(image);
+    let before = stack.top().contents().fingerprint();
+    let left = read_only(stack.top());
+    assert!(left.facts().was_dirty);
+    let storage: Arc<dyn Storage> = stack.top().clone();
+    assert!(Arc::ptr_eq(&left.files()[0], &storage), "payload is read from the file itself");
+    compare(&model, &*stack.open_for_reading());
+    let killed = stack.top().clone();
+    stack.grow(4 * MIB, MIB, 512);
+    let image = stack.open();
+    write_payload(&*image, 1024, &[9; 512]).unwrap();
+    model[1024..1536].fill(9);
+    compare(&model, &*image);
+    image.close().unwrap();
+    assert_eq!(killed.contents().fingerprint(), before, "the parent was written");
+}
+
+#[test]
+fn more_sectors_than_notes_hold_are_recorded_before_more_come() {
+    let size = 160 * MIB;
+    let mut stack = Stack::new(create(size, MIB, 512, None));
+    stack.grow(size, MIB, 512);
+    let image = stack.open();
+    let count = 70_000u64;
+    for n in 0..count {
+        // Apart from each other, in an order that joins nothing.
+        let at = (n * 7919 % count) * 4 * 512;
+        let mut pieces = Pieces::new();
+        image.map_write(ByteSpan::new(at, 512), &mut pieces).unwrap();
+        if n % 1000 == 0 {
+            let Place::File { offset, .. } = pieces[0].place else { panic!("nowhere") };
+            stack.top().write_at(&[1; 512], offset).unwrap();
+        }
+        image.wrote(ByteSpan::new(at, 512)).unwrap();
+    }
+    assert!(image.wants_maintenance());
+    drop(image);
+    let image = stack.open();
+    let mut own = 0;
+    let mut pieces = Pieces::new();
+    image.map_read(ByteSpan::new(0, size), &mut pieces).unwrap();
+    for piece in pieces.iter().filter(|piece| matches!(piece.place, Place::File { .. })) {
+        own += piece.len / 512;
+    }
+    assert_eq!(own, count);
+    assert_eq!(read_payload(&*image, 0, 512).unwrap(), [1; 512]);
+    let begun = std::time::Instant::now();
+    image.close().unwrap();
+    println!("{count} sectors apart: closed in {:?}", begun.elapsed());
+    sound(stack.top());
+}
+
+/// Single sectors in turn are told apart in a time that grows with their number.
+#[test]
+fn extents_of_sectors_in_turn_are_told_in_linear_time() {
+    let stack = filled(8 * MIB, 4 * MIB, 512, 7);
+    let image = stack.open();
+    for n in 0..8 * MIB / 1024 {
+        write_payload(&*image, n * 1024, &[1; 512]).unwrap();
+    }
+    let layer = open_layer(
+        stack.top(),
+        &LayerOptions {
+            read_only: true,
+            notes: Some(NotesFile { storage: stack.notes.clone(), boot_id: stack.boot_id }),
+            ..LayerOptions::default()
+        },
+    );
+    let (mut at, mut extents) = (0, 0);
+    let begun = std::time::Instant::now();
+    while let Some(extent) = layer.next_extent(at).unwrap() {
+        at += extent.span.len;
+        extents += 1;
+    }
+    println!("{extents} extents in {:?}", begun.elapsed());
+    assert_eq!(extents, 8 * MIB / 512);
+}
