@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::open::{at, choose_format, lock_for, open_file};
 use crate::parents::{Child, FileId, Gate};
 use crate::{
-    Chain, FileStorage, Format, ImageError, ImageType, LayerOptions, OpenError, Storage, dispatch, vhdx,
+    Chain, FileStorage, Format, ImageError, ImageType, LayerOptions, OpenError, Storage, dispatch, vhd, vhdx,
 };
 
 /// What compacting an image has brought. Sizes are in bytes.
@@ -38,7 +38,7 @@ pub fn resize(
 }
 
 /// [`resize()`] of an image whose parents are looked for in `parents` (see
-/// [`OpenOptions::parents`](crate::OpenOptions::parents)). A differencing VHDX does not know by itself whether what is
+/// [`OpenOptions::parents`](crate::OpenOptions::parents)). A differencing image does not know by itself whether what is
 /// cut off, or comes into reach behind its old end, holds anything: without parents it takes the worst for granted.
 ///
 /// # Errors
@@ -55,6 +55,9 @@ pub fn resize_with_parents(
     let (format, storage) = open_exclusively(path, format)?;
     let chain = if parents.is_empty() { None } else { read_only_chain(path, format, &storage, &mut gate)? };
     match (format, chain) {
+        (Format::Vhd, Some(chain)) => {
+            vhd::resize_over(&storage, new_size, shrink, &|span| chain.is_zero_below(span))
+        }
         (Format::Vhdx, Some(chain)) => {
             vhdx::resize_over(&storage, new_size, shrink, &|span| chain.is_zero_below(span))
         }

@@ -33,6 +33,7 @@ mod dynamic;
 mod footer;
 mod grow;
 mod header;
+mod hide;
 mod layout;
 mod locator;
 mod offline;
@@ -54,8 +55,9 @@ pub use check::check;
 pub use compact::compact;
 pub use corruption::Corruption;
 pub use create::{CreateParams, create};
+pub use hide::ParentIsZero;
 pub use relink::relink;
-pub use resize::resize;
+pub use resize::{resize, resize_over};
 
 use differencing::Differencing;
 use dynamic::Dynamic;

@@ -256,6 +256,12 @@ impl Blocks {
             .map(|(block, &entry)| (block, entry))
     }
 
+    /// Where the bitmap of a block is; `None` where it has no place, also behind the disk's last block.
+    pub(super) fn place_of(&self, block: u64) -> Option<u64> {
+        let entry = self.body.table.get(usize::try_from(block).ok()?)?;
+        (*entry != ABSENT).then(|| u64::from(*entry) * SECTOR)
+    }
+
     /// Where the entry of a block is in the file.
     pub(super) fn entry_at(&self, block: u64) -> u64 {
         self.body.header.table_offset + block * 4

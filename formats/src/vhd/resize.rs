@@ -12,24 +12,27 @@
 //! Each `│` is a sync, and what is on its left changes nothing of the content, so a crash leaves the old size or the new
 //! one, and doing it again completes it.
 //!
-//! What comes with growing reads as zeroes. In a differencing disk it is what the parent has there, which is zeroes beyond
-//! the parent's end; the tail of such a disk is only cut where it has no sector of its own, not even one of zeroes, so
-//! growing it again shows what was there before.
+//! What comes with growing reads as zeroes, also where the parent of a differencing disk holds something (see `hide`). Only a
+//! tail of zeroes is cut off, whoever holds them.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::{ErrorKind, ImageError, Storage};
+use crate::{ByteSpan, ErrorKind, ImageError, Storage};
 
 use super::footer::DiskType;
 use super::grow::PAGE;
+use super::hide::{ParentIsZero, hide_parent};
 use super::layout::ABSENT;
 use super::offline::{Blocks, Closed, bad_size, clear_entries, first_nonzero, first_set};
 use super::{Corruption, MAX_TABLE_ENTRIES, MAX_VIRTUAL_SIZE, SECTOR};
 
 /// Makes a disk that nobody uses `new_size` bytes large: a multiple of 512 up to [`MAX_VIRTUAL_SIZE`]. What is added reads as
-/// zeroes (in a differencing disk as its parent, which has zeroes beyond its end). With `shrink` the disk may become
-/// smaller, if what is cut off holds no data: only zeroes, and of a differencing disk no sector of its own.
+/// zeroes. With `shrink` the disk may become smaller, if what is cut off holds nothing but zeroes.
+///
+/// Of a differencing disk the worst is taken for granted, that the parent holds data everywhere: to grow, it is given sectors
+/// of its own for all that is new, which costs a bitmap for each block, and to shrink is refused where the parent would be
+/// seen. [`resize_over()`] knows better.
 ///
 /// A crash leaves the old size or the new one. What blocks that are cut off took up in the middle of the file is given back
 /// by [`super::compact()`].
@@ -39,6 +42,19 @@ use super::{Corruption, MAX_TABLE_ENTRIES, MAX_VIRTUAL_SIZE, SECTOR};
 /// such), [`ErrorKind::Corrupt`], [`ErrorKind::NeedsRepair`], [`ErrorKind::Unsupported`] where a virtual machine was suspended
 /// with the disk, [`ErrorKind::NoSpace`], [`ErrorKind::Io`].
 pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result<(), ImageError> {
+    resize_over(storage, new_size, shrink, &|_| Ok(false))
+}
+
+/// [`resize()`] of a differencing disk whose parent can be asked what it holds.
+///
+/// # Errors
+/// As [`resize()`], and what `parent_is_zero` says.
+pub fn resize_over(
+    storage: &Arc<dyn Storage>,
+    new_size: u64,
+    shrink: bool,
+    parent_is_zero: ParentIsZero<'_>,
+) -> Result<(), ImageError> {
     if new_size == 0 || !new_size.is_multiple_of(SECTOR) {
         return Err(invalid(format!(
             "the new size {new_size} must be a multiple of {SECTOR} from {SECTOR} to {MAX_VIRTUAL_SIZE} (2040 GiB)"
@@ -47,7 +63,7 @@ pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result
     if new_size > MAX_VIRTUAL_SIZE {
         return Err(bad_size(&Corruption::SizeTooLarge { size: new_size }));
     }
-    let (mut disk, blocks) = Closed::open(&**storage)?;
+    let (mut disk, blocks) = Closed::open_tidy(&**storage)?;
     let smaller = new_size < disk.size;
     if smaller && !shrink {
         return Err(invalid(format!(
@@ -64,8 +80,8 @@ pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result
         None if new_size == disk.size => disk.cut(new_size),
         None if smaller => shrink_fixed(&mut disk, new_size),
         None => grow_fixed(&mut disk, new_size),
-        Some(blocks) if smaller => shrink_blocks(&mut disk, blocks, new_size),
-        Some(blocks) => grow_blocks(&mut disk, blocks, new_size),
+        Some(blocks) if smaller => shrink_blocks(&mut disk, blocks, new_size, parent_is_zero),
+        Some(blocks) => grow_blocks(&mut disk, blocks, new_size, parent_is_zero),
     }
 }
 
@@ -88,7 +104,12 @@ fn shrink_fixed(disk: &mut Closed<'_>, new_size: u64) -> Result<(), ImageError> 
     disk.cut(new_size)
 }
 
-fn grow_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<(), ImageError> {
+fn grow_blocks(
+    disk: &mut Closed<'_>,
+    blocks: &Blocks,
+    new_size: u64,
+    parent_is_zero: ParentIsZero<'_>,
+) -> Result<(), ImageError> {
     let block_size = blocks.body.shape.block_size;
     let needed = new_size.div_ceil(block_size);
     let entries = u32::try_from(needed).ok().filter(|&n| n <= MAX_TABLE_ENTRIES).ok_or_else(|| {
@@ -100,9 +121,12 @@ fn grow_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<
     clear_tail(disk, blocks)?;
     if entries > blocks.body.header.table_entries {
         lengthen_table(disk, blocks, entries)?;
-    } else if blocks.body.surplus > 0 {
-        clear_entries(disk, blocks, blocks.body.shape.blocks)?;
-        disk.sync()?;
+    }
+    if disk.disk_type == DiskType::Differencing
+        && let (mut now, Some(blocks)) = Closed::open(disk.storage)?
+    {
+        hide_parent(&mut now, &blocks, new_size, parent_is_zero)?;
+        *disk = now;
     }
     disk.set_footer(disk.footer.with_size(new_size))?;
     cut_table(disk, blocks, entries)
@@ -223,13 +247,19 @@ fn write_table(disk: &Closed<'_>, table: &[u32], offset: u64, end: u64) -> Resul
     Ok(())
 }
 
-fn shrink_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Result<(), ImageError> {
+fn shrink_blocks(
+    disk: &mut Closed<'_>,
+    blocks: &Blocks,
+    new_size: u64,
+    parent_is_zero: ParentIsZero<'_>,
+) -> Result<(), ImageError> {
     let block_size = blocks.body.shape.block_size;
     let first_gone = new_size.div_ceil(block_size);
-    for (block, entry) in blocks.placed().filter(|&(block, _)| (block + 1) * block_size > new_size) {
-        let from = new_size.saturating_sub(block * block_size);
-        if let Some(within) = first_data(disk, blocks, block, entry, from)? {
-            return Err(in_use(new_size, block * block_size + within));
+    for block in new_size / block_size..blocks.body.shape.blocks {
+        let start = block * block_size;
+        let range = start.max(new_size)..(start + block_size).min(disk.size);
+        if let Some(data) = first_data(disk, blocks, block, range, parent_is_zero)? {
+            return Err(in_use(new_size, data));
         }
     }
     let gone: Vec<u32> = blocks.placed().filter(|&(block, _)| block >= first_gone).map(|(_, e)| e).collect();
@@ -247,29 +277,58 @@ fn shrink_blocks(disk: &mut Closed<'_>, blocks: &Blocks, new_size: u64) -> Resul
     Ok(())
 }
 
-/// Where in a block, from `from` on and before the end of the disk, there is anything to lose: a byte that is not zero,
-/// or, in a differencing disk, a sector that hides the parent's.
+/// The first sector of a range of the disk, which lies in one block, that does not read as zeroes.
 fn first_data(
     disk: &Closed<'_>,
     blocks: &Blocks,
     block: u64,
-    entry: u32,
-    from: u64,
+    range: Range<u64>,
+    parent_is_zero: ParentIsZero<'_>,
 ) -> Result<Option<u64>, ImageError> {
-    let sectors = blocks.sectors_of(block);
-    if disk.disk_type == DiskType::Differencing {
-        let bitmap = blocks.bitmap(disk.storage, entry)?;
-        return Ok(first_set(&bitmap, from / SECTOR, sectors).map(|sector| sector * SECTOR));
+    let shape = &blocks.body.shape;
+    let differencing = disk.disk_type == DiskType::Differencing;
+    let of_parent = |range: Range<u64>| {
+        let seen = parent_is_zero(ByteSpan::new(range.start, range.end - range.start))?;
+        Ok((!seen).then_some(range.start))
+    };
+    let Some(place) = blocks.place_of(block) else {
+        return if differencing { of_parent(range) } else { Ok(None) };
+    };
+    let start = block * shape.block_size;
+    let data = place + shape.bitmap_len;
+    let of_disk = |range: Range<u64>| {
+        let found = first_nonzero(disk.storage, data + range.start - start..data + range.end - start)?;
+        Ok(found.map(|at| start + at - data))
+    };
+    if !differencing {
+        return of_disk(range);
     }
-    let data = blocks.body.shape.data_at(entry);
-    let found = first_nonzero(disk.storage, data + from..data + sectors * SECTOR)?;
-    Ok(found.map(|at| at - data))
+    let bitmap = blocks.bitmap(disk.storage, (place / SECTOR) as u32)?;
+    let is_own = |at: u64| {
+        let sector = (at - start) / SECTOR;
+        first_set(&bitmap, sector, sector + 1).is_some()
+    };
+    let mut at = range.start;
+    while at < range.end {
+        let own = is_own(at);
+        let mut end = at;
+        while end < range.end && is_own(end) == own {
+            end += SECTOR;
+        }
+        let found = if own { of_disk(at..end)? } else { of_parent(at..end)? };
+        if found.is_some() {
+            return Ok(found);
+        }
+        at = end;
+    }
+    Ok(None)
 }
 
 fn in_use(new_size: u64, data: u64) -> ImageError {
     invalid(format!(
         "the disk cannot be made {new_size} bytes large: there is data at {data}; make the guest's file systems and \
-         partitions smaller first, and have the guest discard what it freed"
+         partitions smaller first, and have the guest discard what it freed (of a differencing disk whose parents were not \
+         named, what the parents may hold counts as data: name them)"
     ))
 }
 

@@ -6,14 +6,16 @@ mod vhd_offline;
 use std::sync::Arc;
 
 use formats::ImageType::{Differencing, Dynamic, Fixed};
-use formats::vhd;
+use formats::{ByteSpan, vhd};
 use formats_tests::{CrashCount, CrashExplorer, SimDisk, SimStorage};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use vhd_offline::{BLOCK, Placed, arc, bytes, content, empty, link, survives, with_blocks};
 
+/// Over a parent, if any, that holds something right behind the end of a disk of 16 blocks.
 fn resize(to: u64) -> impl Fn(&Arc<SimStorage>) -> Result<(), String> {
-    move |sim| vhd::resize(&arc(sim), to, true).map_err(|e| e.to_string())
+    let parent_is_zero = |at: ByteSpan| Ok(at.offset + at.len <= 16 * BLOCK || at.offset >= 18 * BLOCK);
+    move |sim| vhd::resize_over(&arc(sim), to, true, &parent_is_zero).map_err(|e| e.to_string())
 }
 
 fn compact(sim: &Arc<SimStorage>) -> Result<(), String> {
@@ -152,7 +154,30 @@ fn differencing_disks_change_size_through_every_crash() {
     let mut total = CrashCount::default();
     for to in [20 * BLOCK, 2000 * BLOCK, 9 * BLOCK + 512, 6 * BLOCK] {
         let disk = differencing(&[(2, 0, 0xf0), (8, 10, 0), (9, 20, 0), (5, 30, 0x81)]);
-        total += survives(&format!("differencing to {to}"), disk, &fully(), resize(to)).1;
+        let (after, count) = survives(&format!("differencing to {to}"), disk, &fully(), resize(to));
+        let hidden = vhd_offline::see(&after).unwrap().sectors.range(16 * BLOCK / 512..).count() as u64;
+        assert_eq!(
+            hidden,
+            if to > 16 * BLOCK { 2 * BLOCK / 512 } else { 0 },
+            "what the parent holds is hidden"
+        );
+        total += count;
+    }
+    // The end of the disk in the middle of a block, which has a place or not.
+    for placed in [&[(2, 0, 0xf0), (15, 10, 0x80)][..], &[(2, 0, 0xf0)]] {
+        let mut disk = differencing(placed);
+        for at in [0, disk.len() - 512] {
+            disk.write(at + 48, &(15 * BLOCK + 1024).to_be_bytes());
+            vhd_offline::seal(&mut disk, at, 512, 64);
+        }
+        let parent_is_zero = |at: ByteSpan| Ok(at.offset >= 17 * BLOCK);
+        let grow = |sim: &Arc<SimStorage>| {
+            vhd::resize_over(&arc(sim), 19 * BLOCK, false, &parent_is_zero).map_err(|e| e.to_string())
+        };
+        let (after, count) = survives("a differencing disk from the middle of a block", disk, &fully(), grow);
+        let hidden = vhd_offline::see(&after).unwrap().sectors.range(15 * BLOCK / 512 + 2..).count() as u64;
+        assert_eq!(hidden, 2 * BLOCK / 512 - 2);
+        total += count;
     }
     println!("differencing: {total}");
 }

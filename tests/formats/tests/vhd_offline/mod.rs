@@ -41,6 +41,15 @@ pub fn seal(disk: &mut SimDisk, at: u64, len: usize, field: usize) {
     disk.write(at + field as u64, &sum(&raw, field).to_be_bytes());
 }
 
+/// What a differencing disk says of its parent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    pub id: Vec<u8>,
+    pub name: String,
+    /// By their platform codes.
+    pub paths: Vec<(Vec<u8>, String)>,
+}
+
 /// What a disk says, by the specification alone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
@@ -48,8 +57,7 @@ pub struct Seen {
     pub id: Vec<u8>,
     /// Of a dynamic or fixed disk the sectors that are not zero, of a differencing one those that it has of its own.
     pub sectors: BTreeMap<u64, Vec<u8>>,
-    /// Parent's id, name and paths by their codes.
-    pub link: Option<(Vec<u8>, String, Vec<(Vec<u8>, String)>)>,
+    pub link: Option<Link>,
 }
 
 fn utf16(raw: &[u8], unit: fn([u8; 2]) -> u16) -> String {
@@ -87,7 +95,8 @@ pub fn see(disk: &SimDisk) -> Result<Seen, String> {
         let entries = (0..8).map(|n| &header[576 + 24 * n..][..24]).filter(|e| e[..4] != [0; 4]);
         let path = |e: &[u8]| utf16(&bytes(disk, u64_at(e, 16), u32_at(e, 8) as usize), u16::from_le_bytes);
         let paths = entries.map(|e| (e[..4].to_vec(), path(e))).collect();
-        seen.link = Some((header[40..56].to_vec(), utf16(&header[64..576], u16::from_be_bytes), paths));
+        let name = utf16(&header[64..576], u16::from_be_bytes);
+        seen.link = Some(Link { id: header[40..56].to_vec(), name, paths });
     }
     seen.read_blocks(disk, at, &header)?;
     Ok(seen)
