@@ -1,7 +1,7 @@
 //! `blockd-bench`: what moves cost, beside what would be used instead.
 //!
 //! ```text
-//!   moving, thin, all      the questions
+//!   moving, thin, all      the questions (and chain: reads alone, by a guest of its own)
 //!         │
 //!       trial              one move by one contender: fill, load, move, verify
 //!       │   │
@@ -16,6 +16,7 @@
 
 mod all;
 mod blockd;
+mod chain;
 mod choice;
 mod events;
 mod interrupt;
@@ -39,6 +40,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use all::Results;
+use chain::Chains;
 use choice::{Common, Kind, parse_pair};
 use size::parse_size;
 use thin::Thin;
@@ -86,6 +88,32 @@ enum Question {
         /// Its format, which it keeps
         #[arg(long, value_enum, default_value = "vhdx")]
         format: Kind,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Reads go through chains of differencing images
+    Chain {
+        #[command(flatten)]
+        common: Common,
+        /// Size of the disk, all of which is held
+        #[arg(long, default_value = "1G", value_parser = parse_size)]
+        size: u64,
+        /// Format of the images
+        #[arg(long, value_enum, default_value = "vhdx")]
+        format: Kind,
+        /// Images of a chain; repeatable
+        #[arg(long = "images", default_values_t = [1, 4, 16])]
+        lengths: Vec<usize>,
+        /// Requests in flight
+        #[arg(long, default_value_t = 32)]
+        depth: usize,
+        /// Rounds for each chain
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Seconds of a round
+        #[arg(long, default_value_t = 2.0)]
+        seconds: f64,
         /// Also write the figures to this file
         #[arg(long)]
         json: Option<PathBuf>,
@@ -146,6 +174,15 @@ fn answer(question: Question) -> Result<bool> {
             results.add(thin::run(&common, Thin { size, held, format })?);
             json.map_or(Ok(()), |path| results.write_json(&path))?;
             results.is_sound()
+        }
+        Question::Chain { common, size, format, lengths, depth, rounds, seconds, json } => {
+            let chains = Chains { size, format, lengths, depth, rounds, seconds };
+            let answers = chain::run(&common, &chains)?;
+            println!("{}", chain::table(&chains, &answers));
+            if let Some(path) = json {
+                std::fs::write(path, serde_json::to_vec_pretty(&answers)?)?;
+            }
+            true
         }
         Question::All { common, load, thin_size, thin_held, thin_format, pairs, out } => {
             let thin = Thin { size: thin_size, held: thin_held, format: thin_format };
