@@ -49,8 +49,7 @@ pub(super) struct Offline {
     log: Option<LogWriter>,
     /// Counts log entries.
     event: u64,
-    /// Whether the FileWriteGuid stays. A differencing image that was not closed may belong to a process that died and left
-    /// notes of sectors, which it finds again by that id: to them this is the same session.
+    /// Whether the FileWriteGuid stays, see [`Parsed::is_unfinished`].
     keeps_id: bool,
 }
 
@@ -68,7 +67,7 @@ impl Offline {
         let mut parsed = strict(storage)?;
         parsed.headers.current.validate_for_writing()?;
         let was_dirty = parsed.overlay.is_some();
-        let keeps_id = is_unfinished || (was_dirty && parsed.metadata.has_parent);
+        let keeps_id = is_unfinished || parsed.is_unfinished();
         if was_dirty {
             let file_write = if keeps_id { parsed.headers.current.file_write } else { Guid::random() };
             replay_as(file_write, storage, parsed)?;
@@ -79,7 +78,7 @@ impl Offline {
         Ok(Self { storage: storage.clone(), parsed, file_len, end, log: None, event: 0, keeps_id })
     }
 
-    /// Whether a process that died may still count on what the file holds now, see `keeps_id`.
+    /// Whether a process that died may still count on what the file held, see [`Parsed::is_unfinished`].
     pub(super) fn is_unfinished(&self) -> bool {
         self.keeps_id
     }
@@ -108,13 +107,14 @@ impl Offline {
             self.file_len = self.end;
         }
         let current = self.parsed.headers.current;
-        let mut log = LogWriter::new(Guid::random(), current.log_offset, current.log_len);
+        let log_guid = if self.keeps_id { Guid::random() } else { log_guid_of(file_write) };
+        let mut log = LogWriter::new(log_guid, current.log_offset, current.log_len);
         self.event += 1;
         // The log has to hold a valid entry before a header says that there is one to replay.
         sync(&*self.storage)?;
         log.append(&*self.storage, self.event, self.file_len / MIB * MIB, self.end, &[])?;
         sync(&*self.storage)?;
-        let (log_guid, data_write) = (log.guid(), Guid::random());
+        let data_write = Guid::random();
         self.parsed.headers.update_both(&*self.storage, |h| {
             h.log_guid = log_guid;
             if content == Content::Changes {
@@ -224,6 +224,24 @@ impl Offline {
         }
         Ok(())
     }
+}
+
+impl Parsed {
+    /// Whether this is a differencing image that somebody wrote payload to and did not close. He may have died and left notes
+    /// of sectors, which he finds again by the FileWriteGuid: to them all that is done here is the same session.
+    pub(super) fn is_unfinished(&self) -> bool {
+        let current = &self.headers.current;
+        let anothers = self.overlay.is_some() && current.log_guid != log_guid_of(current.file_write);
+        anothers && self.metadata.has_parent
+    }
+}
+
+/// The LogGuid of a session of ours. By it a session that was interrupted is told from one of somebody who wrote payload and
+/// may have left notes.
+fn log_guid_of(file_write: Guid) -> Guid {
+    let mut guid = file_write;
+    guid.0[15] = !guid.0[15];
+    guid
 }
 
 /// Pages of metadata as they are to become, by their place in the file.

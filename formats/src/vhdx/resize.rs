@@ -12,20 +12,22 @@ use std::sync::Arc;
 use super::bat::{BatEntry, PAGE_ENTRIES, state};
 use super::metadata::{BlockLayout, EntryOwner, Metadata, VIRTUAL_SIZE, valid_items};
 use super::offline::{CHUNK, Content, Offline, Pages, first_data, punch, read};
-use super::{MAX_VIRTUAL_SIZE, MIB};
+use super::{MAX_VIRTUAL_SIZE, MIB, strict};
 use crate::{ByteSpan, ErrorKind, ImageError, Storage};
 
 /// Whether the parent of a differencing image reads as zeroes throughout a span, which may lie beyond its end.
 pub type ParentIsZero<'a> = &'a dyn Fn(ByteSpan) -> Result<bool, ImageError>;
 
-/// Gives the disk another size, durably. A crash leaves the old size or the new one.
+/// Gives the disk another size, durably. A crash leaves the old size or the new one, and so does an error of the file: the
+/// image says which. The content gets another id, so children of the image would not know it any more.
 ///
 /// `new_size` is in bytes: a multiple of the logical sector size of at most 64 TiB. Making the disk smaller takes `shrink`
 /// and a tail that holds nothing. A log that was left is replayed first.
 ///
 /// # Errors
 /// [`ErrorKind::InvalidParameter`] for a size that is not possible, for a smaller one without `shrink`, and when there is
-/// data beyond the new end (with the offset of the first); what is wrong with the image, or what the file says.
+/// data beyond the new end (with the offset of the first); [`ErrorKind::NeedsRepair`] for a differencing image that its user
+/// did not close; what is wrong with the image, or what the file says.
 pub fn resize(storage: &Arc<dyn Storage>, new_size: u64, shrink: bool) -> Result<(), ImageError> {
     resize_over(storage, new_size, shrink, &|_| Ok(false))
 }
@@ -41,6 +43,12 @@ pub fn resize_over(
     shrink: bool,
     parent_is_zero: ParentIsZero<'_>,
 ) -> Result<(), ImageError> {
+    if strict(storage)?.is_unfinished() {
+        // The notes of sectors are bound to the size.
+        let message = "the image was not closed, and its last writes may not all be in it yet: let blockd serve it again, or \
+                       finish it with `blockctl image check --repair`, and then resize it";
+        return Err(ImageError::new(ErrorKind::NeedsRepair, message));
+    }
     let image = Offline::open(storage)?;
     let metadata = &image.parsed.metadata;
     let (old_size, sector) = (metadata.virtual_size, metadata.logical_sector);
@@ -74,11 +82,6 @@ pub fn resize_over(
         return Err(invalid(format!(
             "the disk has {old_size} bytes, and {new_size} is smaller: making it smaller has to be asked for (--shrink)"
         )));
-    }
-    if resize.image.is_unfinished() {
-        let message =
-            "the image was not closed, and who wrote to it last may not be done: open and close it first";
-        return Err(ImageError::new(ErrorKind::NeedsRepair, message));
     }
     resize.shrink()
 }

@@ -156,15 +156,23 @@ impl Space {
     pub(super) fn gaps(&self) -> impl Iterator<Item = (u64, u64)> {
         let mut unit = 0;
         std::iter::from_fn(move || {
-            while unit < self.end && self.is_used(unit) {
-                unit += 1;
-            }
-            let start = unit;
-            while unit < self.end && !self.is_used(unit) {
-                unit += 1;
-            }
+            let start = self.next_of(unit, false);
+            unit = self.next_of(start, true);
             (unit > start).then_some((start, unit - start))
         })
+    }
+
+    /// The first unit from `unit` on, below the end, that is used or is not; the end if there is none.
+    fn next_of(&self, mut unit: u64, used: bool) -> u64 {
+        while unit < self.end {
+            let word = self.used[(unit / 64) as usize];
+            let wanted = if used { word } else { !word } >> (unit % 64);
+            if wanted != 0 {
+                return (unit + u64::from(wanted.trailing_zeros())).min(self.end);
+            }
+            unit = (unit / 64 + 1) * 64;
+        }
+        self.end
     }
 
     /// Units below the end that nothing uses.
@@ -212,6 +220,15 @@ mod tests {
         let mut space = space(&[(0, 4), (5, 1), (8, 100)], 2);
         assert_eq!(space.take_gaps(10), [(6, 2)]);
         assert!(!space.wants_gaps());
+    }
+
+    #[test]
+    fn gaps_are_found_across_words() {
+        let empty = |used: &[(u64, u64)]| space(used, 1).gaps().collect::<Vec<_>>();
+        assert_eq!(empty(&[]), []);
+        assert_eq!(empty(&[(0, 64)]), []);
+        assert_eq!(empty(&[(0, 1), (63, 2), (130, 70)]), [(1, 62), (65, 65)]);
+        assert_eq!(empty(&[(199, 1)]), [(0, 199)]);
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod checking;
 mod compacting;
 mod crashes;
 mod image;
+mod layers;
 mod patching;
 mod relinking;
 mod repairing;
