@@ -276,3 +276,46 @@ fn crashes_after_crashes_are_survived() {
     }
     println!("second crashes: {total}");
 }
+
+/// A file that fails once, or from some operation on, leaves what a crash leaves, and a second attempt completes it.
+#[test]
+fn failing_files_leave_the_old_disk_or_the_new_one() {
+    type Change = Box<dyn Fn(&Arc<SimStorage>) -> Result<(), String>>;
+    let holes = [(2, 0, 0), (8, 10, 1), (9, 20, 0x3c), (5, 30, 0x81)];
+    let cases: [(&str, SimDisk, Change); 6] = [
+        ("growing", dynamic(8), Box::new(resize(900 * BLOCK))),
+        ("growing over a parent", differencing(&[(2, 0, 0xf0)]), Box::new(resize(40 * BLOCK))),
+        ("fixed", fixed(4096, 0, 512), Box::new(resize(16384))),
+        ("fixed, shrinking", fixed(4096, 100, 512), Box::new(resize(2048))),
+        ("compacting", differencing(&holes), Box::new(compact)),
+        ("relinking", differencing(&[(2, 0, 0xf0)]), Box::new(relink(100))),
+    ];
+    let mut faults = 0;
+    for (name, disk, change) in cases {
+        let sim = SimStorage::from_disk(disk.clone());
+        let before = vhd_offline::see(&disk).unwrap();
+        change(&sim).unwrap();
+        let wanted = vhd_offline::see(&sim.contents()).unwrap();
+        for (after, lasting) in (0..).flat_map(|n| [(n, false), (n, true)]) {
+            let sim = SimStorage::from_disk(disk.clone());
+            let error = std::io::ErrorKind::StorageFull;
+            sim.inject(formats_tests::Fault { after, lasting, error, partial: true });
+            if change(&sim).is_ok() {
+                break;
+            }
+            faults += 1;
+            sim.clear_fault();
+            let now = vhd_offline::see(&sim.contents());
+            let now = now.unwrap_or_else(|e| panic!("{name}, fault {after}, {lasting}: {e}"));
+            assert!(now == before || now == wanted, "{name}, fault {after}, {lasting}");
+            vhd_offline::sound(name, &sim, false);
+            change(&sim).unwrap();
+            assert!(
+                vhd_offline::see(&sim.contents()).unwrap() == wanted,
+                "{name}, fault {after}, {lasting}: again"
+            );
+        }
+    }
+    println!("{faults} faults");
+    assert!(faults > 100);
+}
