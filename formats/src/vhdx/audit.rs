@@ -1,4 +1,4 @@
-//! What is unusual, wasteful, or wrong with a spare copy, of an image whose structures can be read: see [`super::check`].
+//! What is unusual, wasteful, or wrong with a spare copy, of an image whose structures can be read: see [`super::check()`].
 
 use super::MIB;
 use super::bat::{BatEntry, Table, state};

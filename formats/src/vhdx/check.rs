@@ -1,6 +1,6 @@
 //! Checking an image against the specification, and mending what needs no guessing.
 //!
-//! [`examine`](super::parse::examine) finds what keeps an image from being used; it goes on behind what it finds where that
+//! [`examine`] finds what keeps an image from being used; it goes on behind what it finds where that
 //! makes sense, so that one broken rule does not hide the next. What is merely unusual, wasteful or a spare copy is looked
 //! for here and in `audit`. Every finding has one of these codes:
 //!

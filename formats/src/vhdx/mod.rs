@@ -6,6 +6,8 @@
 //!   space.rs   which MiB of the file are taken
 //!   session.rs changes: log entries, checkpoints, reclaiming space
 //!   layer.rs   differencing: which sectors are the image's own; bitmap.rs: how the file says it
+//!   offline.rs an image that nobody uses, changed by one log entry at a time: resize.rs, compact.rs, relink.rs
+//!   check.rs   every rule with its code, and what is mended; audit.rs: what is merely unusual or wasteful
 //! ```
 //!
 //! Section numbers in this module are those of MS-VHDX v6.0.
