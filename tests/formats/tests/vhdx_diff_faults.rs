@@ -255,6 +255,55 @@ fn flushes_of_many_writers_take_two_syncs_each_at_most() {
     assert_eq!(disk.sync_done(token).unwrap(), None);
 }
 
+/// Another flush may take a flush's sectors, and write their bits when its sync has long begun.
+#[test]
+fn a_flush_whose_sectors_another_one_recorded_waits_for_their_bits() {
+    let (parent, _) = parent();
+    let sim = create(DISK, 512, read_only(&parent).content_id());
+    let disk = over(layer(&sim, false, notes(SimStorage::new(), BOOT)).unwrap(), &parent);
+    write_payload(&disk, 512, &[1; 512]).unwrap();
+    let first = disk.sync_begin();
+    sim.sync().unwrap();
+    write_payload(&disk, 4096, &[2; 512]).unwrap();
+    let second = disk.sync_begin();
+    sim.sync().unwrap();
+    let next = disk.sync_done(second).unwrap().expect("bits were written");
+    let firsts = disk.sync_done(first).unwrap().expect("its bits are not durable yet");
+    let cut = || over(read_only(&SimStorage::from_disk(sim.durable_contents())), &parent);
+    assert_eq!(read_payload(&cut(), 512, 512).unwrap(), content(0xa0, 1024)[512..]);
+    sim.sync().unwrap();
+    assert_eq!(disk.sync_done(firsts).unwrap(), None);
+    assert_eq!(disk.sync_done(next).unwrap(), None);
+    assert_eq!(read_payload(&cut(), 512, 512).unwrap(), [1; 512]);
+    assert_eq!(read_payload(&cut(), 4096, 512).unwrap(), [2; 512]);
+    // And one whose sectors others have made durable meanwhile does not wait.
+    write_payload(&disk, 1024, &[3; 512]).unwrap();
+    let first = disk.sync_begin();
+    sim.sync().unwrap();
+    disk.commit().unwrap();
+    assert_eq!(disk.sync_done(first).unwrap(), None);
+    assert_eq!(read_payload(&cut(), 1024, 512).unwrap(), [3; 512]);
+}
+
+/// A flush records what was written before it began, and nothing of what came later: its payload may not be durable.
+#[test]
+fn a_flush_records_nothing_that_was_written_after_it_began() {
+    let (parent, _) = parent();
+    let sim = create(DISK, 512, read_only(&parent).content_id());
+    let disk = over(layer(&sim, false, notes(SimStorage::new(), BOOT)).unwrap(), &parent);
+    write_payload(&disk, MIB, &[1; 512]).unwrap();
+    let mut token = Some(disk.sync_begin());
+    sim.sync().unwrap();
+    write_payload(&disk, MIB + 512, &[2; 512]).unwrap();
+    while let Some(begun) = token {
+        token = disk.sync_done(begun).unwrap();
+    }
+    // The log has been written; what it says is looked at by itself.
+    let killed = over(read_only(&sim), &parent);
+    assert_eq!(read_payload(&killed, MIB, 512).unwrap(), [1; 512]);
+    assert_eq!(read_payload(&killed, MIB + 512, 512).unwrap(), content(0xa0, 1024)[512..]);
+}
+
 // --- images that break rules -------------------------------------------------------------------------------------------
 
 /// Where the BAT of [`create`]'s images is: behind file id and headers, log and metadata.
