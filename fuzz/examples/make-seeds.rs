@@ -9,6 +9,7 @@ fn main() -> std::io::Result<()> {
         return Err(std::io::Error::other("usage: make-seeds FOLDER"));
     };
     let mut images = seeds::own_images();
+    images.extend(seeds::own_children());
     match std::env::var_os("BLOCKD_CORPUS") {
         Some(corpus) => images.extend(seeds::corpus(Path::new(&corpus))?),
         None => {

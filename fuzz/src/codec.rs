@@ -5,7 +5,10 @@ use std::sync::Arc;
 use formats::raw::{self, Raw};
 use formats::vhd::{self, Vhd};
 use formats::vhdx::{self, Vhdx};
-use formats::{CheckReport, Format, Geometry, Image, ImageError, Severity, Storage};
+use formats::{
+    Chain, CheckReport, CompactOutcome, Format, Geometry, Image, ImageError, Layer, LayerOptions,
+    NewParentLink, Severity, Storage,
+};
 use nix::time::{ClockId, clock_gettime};
 
 use crate::storage::MemoryFile;
@@ -51,6 +54,71 @@ pub(crate) fn open(
             Format::Vhd => Arc::new(Vhd::open(storage, read_only, recover)?),
             Format::Vhdx => Arc::new(Vhdx::open(storage, read_only)?),
         })
+    })
+}
+
+/// Opens one layer of a chain; a raw image is none.
+pub(crate) fn open_layer(
+    format: Format,
+    file: &Arc<MemoryFile>,
+    options: &LayerOptions,
+) -> Result<Arc<dyn Layer>, ImageError> {
+    let storage: Arc<dyn Storage> = file.clone();
+    bounded("opening a layer", file, || {
+        Ok(match format {
+            Format::Raw => panic!("a raw image is no layer"),
+            Format::Vhd => Arc::new(Vhd::open_layer(storage, options)?) as Arc<dyn Layer>,
+            Format::Vhdx => Arc::new(Vhdx::open_layer(storage, options)?),
+        })
+    })
+}
+
+/// Opens an image with its parents, the nearest first, which are opened for reading.
+pub(crate) fn open_chain(
+    format: Format,
+    files: &[Arc<MemoryFile>],
+    options: &LayerOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    let [top, parents @ ..] = files else { panic!("there is no image") };
+    if parents.is_empty() {
+        return open(format, top, options.read_only, options.recover);
+    }
+    let read_only = LayerOptions { read_only: true, ..LayerOptions::default() };
+    let top = open_layer(format, top, options)?;
+    let parents = parents.iter().map(|file| Ok(open_layer(format, file, &read_only)? as Arc<dyn Image>));
+    let parents = parents.collect::<Result<Vec<_>, ImageError>>().expect("a parent that never changes opens");
+    Ok(Arc::new(Chain::new(top, parents)?))
+}
+
+pub(crate) fn resize(
+    format: Format,
+    file: &Arc<MemoryFile>,
+    size: u64,
+    shrink: bool,
+) -> Result<(), ImageError> {
+    let storage: Arc<dyn Storage> = file.clone();
+    bounded("resizing", file, || match format {
+        Format::Raw => raw::resize(&*storage, size, shrink),
+        Format::Vhd => vhd::resize(&storage, size, shrink),
+        Format::Vhdx => vhdx::resize(&storage, size, shrink),
+    })
+}
+
+pub(crate) fn compact(format: Format, file: &Arc<MemoryFile>) -> Result<CompactOutcome, ImageError> {
+    let storage: Arc<dyn Storage> = file.clone();
+    bounded("compacting", file, || match format {
+        Format::Raw => raw::compact(&*storage, &mut |_, _| ()),
+        Format::Vhd => vhd::compact(&storage, &mut |_, _| ()),
+        Format::Vhdx => vhdx::compact(&storage, &mut |_, _| ()),
+    })
+}
+
+pub(crate) fn relink(format: Format, file: &Arc<MemoryFile>, link: &NewParentLink) -> Result<(), ImageError> {
+    let storage: Arc<dyn Storage> = file.clone();
+    bounded("relinking", file, || match format {
+        Format::Raw => panic!("a raw image has no parent"),
+        Format::Vhd => vhd::relink(&*storage, link),
+        Format::Vhdx => vhdx::relink(&storage, link),
     })
 }
 

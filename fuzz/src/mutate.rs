@@ -59,7 +59,8 @@ fn some_piece<'a>(input: &'a mut Input, random: &mut ChaCha8Rng) -> Option<&'a m
 
 fn shifted(offset: u64, random: &mut ChaCha8Rng) -> u64 {
     let step = *[1, 4, 8, 32, 512, 4096, 64 << 10, 1 << 20].choose(random).unwrap_or(&1);
-    if random.random() { offset.wrapping_add(step) } else { offset.wrapping_sub(step) }
+    let place = if random.random() { offset.wrapping_add(step) } else { offset.wrapping_sub(step) };
+    place & ((1 << 48) - 1)
 }
 
 fn another_length(input: &Input, random: &mut ChaCha8Rng) -> u64 {

@@ -1,11 +1,15 @@
 //! Hostile images: whatever a file says, it is refused or it is safe to use.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use formats::{AllocState, ByteSpan, ErrorKind, Format, Image, ImageError, Pieces, ZeroMode};
+use formats::{
+    AllocState, ByteSpan, Chain, ErrorKind, Format, Image, ImageError, ImageType, LayerOptions,
+    NewParentLink, NotesFile, Pieces, ZeroMode, vhdx,
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use uuid::Uuid;
 
 use crate::codec;
 use crate::encoding::Input;
@@ -34,6 +38,7 @@ pub fn run(data: &[u8]) {
     if format == Format::Vhd {
         case.change(samples.as_ref(), true);
     }
+    case.change_closed(samples.as_ref());
 }
 
 /// Sectors of the disk as they were read, by offset.
@@ -45,17 +50,78 @@ struct Case {
     choices: u8,
 }
 
+/// Bytes of the parent that a differencing image is put on.
+const PARENT_LEN: u64 = 40 << 20;
+
+/// A parent with something in every 64th sector, larger or smaller than the child.
+fn parent(sector: u64) -> Arc<dyn Image> {
+    static PARENTS: [OnceLock<Contents>; 2] = [const { OnceLock::new() }; 2];
+    let params = vhdx::CreateParams {
+        image_type: ImageType::Fixed,
+        virtual_size: PARENT_LEN,
+        block_size: None,
+        logical_sector_size: sector as u32,
+        physical_sector_size: 4096,
+        log_size: Some(1 << 20),
+        parent: None,
+    };
+    let made = PARENTS[usize::from(sector == 4096)].get_or_init(|| {
+        let file = MemoryFile::new(Contents::default());
+        vhdx::create(&*file, &params).expect("an image can be made");
+        let image = codec::open(Format::Vhdx, &file, false, false).expect("what was made can be opened");
+        let fence = Fence::of_ours(Format::Vhdx, &file);
+        for at in (0..PARENT_LEN).step_by(64 * 4096) {
+            payload::write(&*image, at, &[0x77; 4096], Until::Told, &fence).expect("it can be written");
+        }
+        image.close().expect("it can be closed");
+        file.contents()
+    });
+    codec::open(Format::Vhdx, &MemoryFile::new(made.clone()), true, false)
+        .expect("what was made can be opened")
+}
+
+/// Opens an image; a differencing one on some parent.
+pub(crate) fn on_some_parent(
+    format: Format,
+    file: &Arc<MemoryFile>,
+    options: &LayerOptions,
+) -> Result<Arc<dyn Image>, ImageError> {
+    match codec::open(format, file, options.read_only, options.recover) {
+        Err(e) if e.kind == ErrorKind::Parent => {}
+        opened => return opened,
+    }
+    let top = codec::open_layer(format, file, options)?;
+    let differencing = top.image_type() == ImageType::Differencing && top.parent_link().is_some();
+    assert!(differencing, "no child, but it needs a parent");
+    let parent = parent(top.geometry().logical_sector_size.into());
+    Ok(Arc::new(Chain::new(top, vec![parent]).expect("parent and child fit")))
+}
+
 impl Case {
     fn random(&self) -> ChaCha8Rng {
         ChaCha8Rng::seed_from_u64(self.choices.into())
     }
 
+    /// Opens the image; a differencing one on some parent.
+    fn open(
+        &self,
+        file: &Arc<MemoryFile>,
+        notes: &Arc<MemoryFile>,
+        read_only: bool,
+        recover: bool,
+    ) -> Result<Arc<dyn Image>, ImageError> {
+        let notes = Some(NotesFile { storage: notes.clone(), boot_id: Uuid::nil() });
+        let options = LayerOptions { read_only, recover, next_content_id: None, notes };
+        on_some_parent(self.format, file, &options)
+    }
+
     /// Everything that may not write.
     fn look(&self) -> Option<Samples> {
         let file = MemoryFile::new(self.file.clone());
+        let notes = MemoryFile::new(Contents::default());
         let report = codec::check(self.format, &file, false);
         let info = codec::inspect(self.format, &file);
-        let image = codec::open(self.format, &file, true, self.choices & 1 == 1);
+        let image = self.open(&file, &notes, true, self.choices & 1 == 1);
         let samples = match &image {
             Ok(image) => {
                 let report = report.expect("what opens can be checked");
@@ -80,18 +146,20 @@ impl Case {
             Err(e) => {
                 explained(e);
                 if let Ok(report) = &report {
-                    let refused = matches!(e.kind, ErrorKind::Parent | ErrorKind::Unsupported);
+                    let refused = e.kind == ErrorKind::Unsupported;
                     assert!(refused || !report.is_sound(), "sound, but does not open for reading: {e}");
                 }
                 None
             }
         };
+        assert_eq!(notes.work().changes, 0, "something was noted that was to be read only");
         assert_eq!(file.work().changes, 0, "something was written that was to be read only");
         samples
     }
 
     fn repair(&self, samples: Option<&Samples>) {
         let file = MemoryFile::new(self.file.clone());
+        let notes = MemoryFile::new(Contents::default());
         let Ok(report) = codec::check(self.format, &file, true) else { return };
         if file.has_failed() {
             return;
@@ -110,14 +178,15 @@ impl Case {
         }
         assert!(again.is_sound(), "sound after a repair, and then not: {again:?}");
         let Some(samples) = samples else { return };
-        let image = codec::open(self.format, &file, true, false).expect("it opened before it was repaired");
+        let image = self.open(&file, &notes, true, false).expect("it opened before it was repaired");
         compare(&*image, &Fence::of_foreign(self.format, &file), samples, "after a repair");
     }
 
     /// Opens it for writing, writes, and looks whether all is as it should be.
     fn change(&self, samples: Option<&Samples>, recover: bool) {
         let file = MemoryFile::new(self.file.clone());
-        let image = match codec::open(self.format, &file, false, recover) {
+        let notes = MemoryFile::new(Contents::default());
+        let image = match self.open(&file, &notes, false, recover) {
             Ok(image) => image,
             Err(e) => {
                 explained(&e);
@@ -137,7 +206,7 @@ impl Case {
         let no_space = file.has_failed();
         assert!(closed || no_space || self.choices & 0x10 != 0, "cannot be closed");
         file.heal();
-        let again = codec::open(self.format, &file, false, !closed).expect("it opened before");
+        let again = self.open(&file, &notes, false, !closed).expect("it opened before");
         compare(&*again, &fence, &samples, "opened again");
         walk(&*again, &fence, &file, &mut random);
         if again.close().is_ok() {
@@ -145,8 +214,42 @@ impl Case {
         } else {
             assert!(file.has_failed(), "cannot be closed, though nothing failed");
         }
-        let last = codec::open(self.format, &file, true, false).expect("it opened before");
+        let last = self.open(&file, &notes, true, false).expect("it opened before");
         compare(&*last, &fence, &samples, "opened for reading at last");
+    }
+
+    /// Compacts it, or gives it another size or name of its parent.
+    fn change_closed(&self, samples: Option<&Samples>) {
+        let file = MemoryFile::new(self.file.clone());
+        let notes = MemoryFile::new(Contents::default());
+        let size = codec::inspect(self.format, &file).map_or(1 << 20, |(size, _)| size);
+        let link = NewParentLink {
+            id: Uuid::from_u128(7),
+            next_id: None,
+            relative: Some("parent".into()),
+            absolute: "/disks/".to_owned() + &"longer/".repeat(self.choices.into()),
+        };
+        let (what, done) = match self.choices >> 5 & 3 {
+            0 => ("compacting", codec::compact(self.format, &file).map(drop)),
+            1 => ("growing", codec::resize(self.format, &file, size.saturating_add(8 << 20), false)),
+            2 => ("shrinking", codec::resize(self.format, &file, (size / 2).next_multiple_of(4096), true)),
+            _ => ("relinking", codec::relink(self.format, &file, &link)),
+        };
+        if let Err(e) = &done {
+            explained(e);
+            if samples.is_none() {
+                return;
+            }
+        } else {
+            assert!(codec::damage(&sound(self.format, &file)).is_empty(), "damaged by {what}");
+        }
+        let Some(samples) = samples else { panic!("{what} works on what does not open") };
+        let image = self.open(&file, &notes, true, false).expect("it opened before");
+        let size = image.geometry().virtual_size;
+        let mut samples = samples.clone();
+        samples.retain(|offset, data| offset + data.len() as u64 <= size);
+        compare(&*image, &Fence::of_foreign(self.format, &file), &samples, what);
+        walk(&*image, &Fence::of_foreign(self.format, &file), &file, &mut self.random());
     }
 
     /// A few writes, zeroings and flushes.

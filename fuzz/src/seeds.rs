@@ -3,10 +3,11 @@
 use std::io::Read;
 use std::path::Path;
 
-use formats::{Format, ImageType, ZeroMode, vhd, vhdx};
+use formats::{Format, ImageType, LayerOptions, NewParentLink, ZeroMode, vhd, vhdx};
+use uuid::Uuid;
 
-use crate::codec;
 use crate::encoding::{Input, Mend};
+use crate::open;
 use crate::payload::{self, Fence, Until};
 use crate::storage::{Contents, MemoryFile};
 use crate::structures::{hot_places, metadata};
@@ -55,10 +56,48 @@ pub fn own_images() -> Vec<Seed> {
     seeds
 }
 
+/// Seeds of the `open` target: images with a parent, closed and left open.
+pub fn own_children() -> Vec<Seed> {
+    let parent = Some(NewParentLink {
+        id: Uuid::from_u128(5),
+        next_id: None,
+        relative: Some("../base/parent".into()),
+        absolute: "/disks/base/parent".into(),
+    });
+    let mut seeds = Vec::new();
+    for block in [512, 4096, 2 << 20] {
+        let file = MemoryFile::new(Contents::default());
+        let params = vhd::CreateParams {
+            image_type: ImageType::Differencing,
+            virtual_size: 9_000_448,
+            block_size: Some(block),
+            parent: parent.clone(),
+        };
+        vhd::create(&*file, &params).expect("a child can be made");
+        seeds.extend(used(&format!("vhd-child-{block}"), Format::Vhd, &file.contents()));
+    }
+    for sector in [512, 4096] {
+        let file = MemoryFile::new(Contents::default());
+        let params = vhdx::CreateParams {
+            image_type: ImageType::Differencing,
+            virtual_size: 9 << 30,
+            block_size: Some(1 << 20),
+            logical_sector_size: sector,
+            physical_sector_size: 4096,
+            log_size: Some(1 << 20),
+            parent: parent.clone(),
+        };
+        vhdx::create(&*file, &params).expect("a child can be made");
+        seeds.extend(used(&format!("vhdx-child-{sector}"), Format::Vhdx, &file.contents()));
+    }
+    seeds
+}
+
 /// An image as it was made, with some content, with its user dead, and closed.
 fn used(name: &str, format: Format, made: &Contents) -> Vec<Seed> {
     let file = MemoryFile::new(made.clone());
-    let image = codec::open(format, &file, false, false).expect("what was made can be opened");
+    let image =
+        open::on_some_parent(format, &file, &LayerOptions::default()).expect("what was made can be opened");
     let geometry = image.geometry();
     let size = geometry.virtual_size;
     let step = size / 5 / 4096 * 4096;

@@ -15,7 +15,7 @@ pub const PAGE: u64 = 4096;
 /// The longest file, in bytes.
 pub const MAX_LEN: u64 = 1 << 40;
 /// The most pages that a file may store; more is "no space".
-const MAX_PAGES: usize = 12 << 10;
+const MAX_PAGES: usize = 24 << 10;
 
 type Page = [u8; PAGE as usize];
 
@@ -108,6 +108,16 @@ impl Contents {
         (start < end).then_some((start, end))
     }
 
+    /// How many pages are kept, at most some of them zeroes.
+    pub fn page_count(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// How many pages hold something.
+    pub fn stored(&self) -> usize {
+        self.pages.values().filter(|page| !is_zero(&page[..])).count()
+    }
+
     /// All runs of stored pages.
     pub fn runs(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut at = 0;
@@ -128,7 +138,9 @@ impl Contents {
 
 /// Whether all bytes are zero.
 pub fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|b| *b == 0)
+    // Whole words: this is where much of the time goes.
+    let (words, rest) = bytes.as_chunks::<16>();
+    words.iter().all(|w| u128::from_ne_bytes(*w) == 0) && rest.iter().all(|b| *b == 0)
 }
 
 /// What a range has of one page.

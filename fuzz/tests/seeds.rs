@@ -6,7 +6,7 @@ use blockd_fuzz::{mutate, open, operations, seeds};
 
 #[test]
 fn our_own_images_hold_in_every_state() {
-    for (name, input) in seeds::own_images() {
+    for (name, input) in seeds::own_images().into_iter().chain(seeds::own_children()) {
         println!("{name}");
         open::run(&input);
         for seed in 0..20 {

@@ -30,8 +30,8 @@ impl Bytes<'_> {
         let first = self.sector(sectors, block);
         let len = match self.byte() {
             n @ 0..200 => u64::from(n % 16) + 1,
-            n @ 200..240 => 16 * u64::from(n - 199),
-            n => block.min(4096) + u64::from(n - 240),
+            n @ 200..248 => 6 * u64::from(n - 199),
+            n => block.min(4096) + u64::from(n - 248),
         };
         first..(first + len).min(sectors)
     }

@@ -1,14 +1,16 @@
 //! Sound images, used in any order, with failing files, dying daemons and power cuts, against a model of the disk.
 
 mod bytes;
+mod closed;
+mod create;
 mod model;
 
 use std::sync::Arc;
 
-use formats::vhdx;
-use formats::{ByteSpan, Format, Image, ImageError, ImageType, ZeroMode, raw, vhd};
+use formats::{Format, Image, ImageError, LayerOptions, NotesFile, ZeroMode};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
+use uuid::Uuid;
 
 use crate::payload::{self, Fence, Until};
 use crate::storage::{Contents, Fault, MemoryFile, keeper};
@@ -18,6 +20,9 @@ use model::{Model, Outcome};
 
 /// So many operations are done at most.
 const OPERATIONS_MAX: usize = 400;
+
+/// The guest writes no more when a file stores so many pages.
+const PAGES_MAX: usize = 8 << 10;
 
 /// Runs the target on an input: options of a new image, then operations.
 ///
@@ -38,7 +43,12 @@ pub fn run(data: &[u8]) {
 /// A disk in use.
 struct Session {
     format: Format,
-    file: Arc<MemoryFile>,
+    /// The image's own file, then those of its parents, the nearest first.
+    layers: Vec<Arc<MemoryFile>>,
+    /// Where a differencing image notes what the death of the daemon shall not lose.
+    notes: Option<Arc<MemoryFile>>,
+    /// Which boot of the system it is.
+    boot: u128,
     image: Arc<dyn Image>,
     model: Model,
     /// Sectors of the disk as the guest counts them.
@@ -49,73 +59,82 @@ struct Session {
     block: u64,
 }
 
-/// Makes an image of a size and a layout that the input chooses.
-fn create(bytes: &mut Bytes) -> (Format, Arc<MemoryFile>) {
-    let file = MemoryFile::new(Contents::default());
-    let kind = bytes.byte();
-    let blocks = match bytes.byte() {
-        n @ 0..224 => u64::from(n % 64) + 1,
-        n => u64::from(n - 223) * 700,
-    };
-    let odd = u64::from(bytes.byte());
-    let made = match kind % 16 {
-        0 => raw::create(&*file, (blocks * 8 + odd) * SECTOR).map(|()| Format::Raw),
-        1 => {
-            let size = (blocks * 8 + odd) * SECTOR;
-            let params = vhd::CreateParams {
-                image_type: ImageType::Fixed,
-                virtual_size: size,
-                block_size: None,
-                parent: None,
-            };
-            vhd::create(&*file, &params).map(|()| Format::Vhd)
-        }
-        2..8 => {
-            let block = bytes.one_of(&[512, 4096, 64 << 10, 512 << 10, 2 << 20]);
-            let size = blocks * u64::from(block) + odd * SECTOR;
-            let params = vhd::CreateParams {
-                image_type: ImageType::Dynamic,
-                virtual_size: size,
-                block_size: Some(block),
-                parent: None,
-            };
-            vhd::create(&*file, &params).map(|()| Format::Vhd)
-        }
-        n => {
-            let block = bytes.one_of(&[1 << 20, 2 << 20, 8 << 20, 1 << 20]);
-            let sector: u32 = if n > 13 { 4096 } else { 512 };
-            let params = vhdx::CreateParams {
-                image_type: if n == 8 { ImageType::Fixed } else { ImageType::Dynamic },
-                virtual_size: blocks * u64::from(block) + odd * u64::from(sector),
-                block_size: Some(block),
-                logical_sector_size: sector,
-                physical_sector_size: 4096,
-                log_size: Some(1 << 20),
-                parent: None,
-            };
-            vhdx::create(&*file, &params).map(|()| Format::Vhdx)
-        }
-    };
-    let format = made.expect("an image can be made");
-    (format, MemoryFile::with_power_cuts(file.contents()))
-}
-
 impl Session {
     fn begin(bytes: &mut Bytes) -> Option<Self> {
         if bytes.0.len() < 8 {
             return None;
         }
-        let (format, file) = create(bytes);
+        let (format, file) = create::base(bytes);
         let image = codec::open(format, &file, false, false).expect("what was made can be opened");
-        let geometry = image.geometry();
-        let sector = u64::from(geometry.logical_sector_size);
-        let sectors = geometry.virtual_size / sector;
-        let block = if geometry.block_size == 0 { 16 } else { u64::from(geometry.block_size) / sector };
-        Some(Self { format, file, image, model: Model::default(), sectors, sector, block })
+        let mut session = Self {
+            format,
+            layers: vec![file],
+            notes: None,
+            boot: 1,
+            image,
+            model: Model::default(),
+            sectors: 0,
+            sector: 0,
+            block: 0,
+        };
+        session.measure();
+        Some(session)
+    }
+
+    /// Takes note of the image's sizes.
+    fn measure(&mut self) {
+        let geometry = self.image.geometry();
+        self.sector = u64::from(geometry.logical_sector_size);
+        self.sectors = geometry.virtual_size / self.sector;
+        self.block = if geometry.block_size == 0 { 16 } else { u64::from(geometry.block_size) / self.sector };
+    }
+
+    fn file(&self) -> &Arc<MemoryFile> {
+        &self.layers[0]
+    }
+
+    fn is_differencing(&self) -> bool {
+        self.layers.len() > 1
+    }
+
+    /// Opens the disk, of which these are the files, as it is after a crash or otherwise.
+    fn open_as(
+        &self,
+        files: &[Arc<MemoryFile>],
+        notes: Option<&Arc<MemoryFile>>,
+        read_only: bool,
+        recover: bool,
+    ) -> Result<Arc<dyn Image>, ImageError> {
+        let notes =
+            notes.map(|file| NotesFile { storage: file.clone(), boot_id: Uuid::from_u128(self.boot) });
+        let options = LayerOptions { read_only, recover, next_content_id: None, notes };
+        codec::open_chain(self.format, files, &options)
+    }
+
+    fn open(&self, read_only: bool, recover: bool) -> Result<Arc<dyn Image>, ImageError> {
+        self.open_as(&self.layers, self.notes.as_ref(), read_only, recover)
+    }
+
+    fn has_failed(&self) -> bool {
+        self.file().has_failed() || self.notes.as_ref().is_some_and(|notes| notes.has_failed())
+    }
+
+    /// Nothing fails any more; what did may have left the image unusable for writing.
+    fn mend(&self) {
+        for file in [Some(self.file()), self.notes.as_ref()].into_iter().flatten() {
+            file.set_fault(None);
+            file.set_limit(None);
+        }
+    }
+
+    /// Nothing fails any more, and what did has nothing to do with the image as it is opened next.
+    fn heal(&self) {
+        self.file().heal();
+        self.notes.iter().for_each(|notes| notes.heal());
     }
 
     fn step(&mut self, bytes: &mut Bytes) {
-        match bytes.byte() % 32 {
+        match bytes.byte() % 36 {
             0..9 => self.write(bytes, Until::Told),
             9 => self.write(bytes, Until::Mapped),
             10 => self.write(bytes, Until::Written),
@@ -127,17 +146,18 @@ impl Session {
             19 => self.flush_beside_a_write(bytes),
             20 => self.maintain(),
             21 => drop(self.close()),
-            22 => self.close_and_reopen(),
+            22 => self.close_and_reopen(bytes),
             23 => self.crash(bytes, false),
             24 | 25 => self.crash(bytes, true),
             26 => self.break_something(bytes),
-            27 => {
-                self.file.set_fault(None);
-                self.file.set_limit(None);
-            }
+            27 => self.mend(),
             28 => self.compare("in use"),
             29 => self.look_from_outside(),
             30 => self.read(bytes),
+            32 => self.snapshot(bytes),
+            33 => self.merge(bytes),
+            34 => self.resize(bytes),
+            35 => self.compact_or_relink(bytes),
             _ => {
                 if self.image.wants_maintenance() {
                     self.maintain();
@@ -147,14 +167,14 @@ impl Session {
     }
 
     fn fence(&self) -> Fence {
-        Fence::of_ours(self.format, &self.file)
+        Fence::of_ours(self.format, self.file())
     }
 
     /// What may fail only if the file did.
     fn expect<T>(&self, what: &str, result: Result<T, ImageError>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            Err(e) if self.file.has_failed() => {
+            Err(e) if self.has_failed() => {
                 assert!(e.message.len() > 10, "{what}: no explanation: {e:?}");
                 None
             }
@@ -167,10 +187,13 @@ impl Session {
     }
 
     fn write(&mut self, bytes: &mut Bytes, until: Until) {
+        if self.file().look(Contents::page_count) > PAGES_MAX {
+            return;
+        }
         let at = span(bytes.sectors(self.sectors, self.block), self.sector);
         let tags = self.model.fresh(at);
         let data = self.model.bytes(&tags);
-        let done = codec::bounded("writing", &self.file, || {
+        let done = codec::bounded("writing", self.file(), || {
             payload::write(&*self.image, at.offset, &data, until, &self.fence())
         });
         let outcome = self.outcome("writing", done);
@@ -184,7 +207,7 @@ impl Session {
 
     /// The guest writes what looks like a structure of an image: a sector of the file's own.
     fn forge(&mut self, bytes: &mut Bytes) {
-        let file = self.file.contents();
+        let file = self.file().contents();
         let place = match bytes.byte() {
             0..100 => file.len().saturating_sub(SECTOR),
             100..150 => 0,
@@ -211,7 +234,7 @@ impl Session {
         };
         let at = span(sectors, self.sector);
         let punch = bytes.byte() & 1 == 0;
-        let done = codec::bounded("zeroing", &self.file, || {
+        let done = codec::bounded("zeroing", self.file(), || {
             payload::zero(&*self.image, at, mode, punch, &self.fence())
         });
         let outcome = self.outcome("zeroing", done);
@@ -225,7 +248,7 @@ impl Session {
     }
 
     fn flush(&mut self) {
-        let done = codec::bounded("flushing", &self.file, || self.image.commit());
+        let done = codec::bounded("flushing", self.file(), || self.image.commit());
         if self.expect("flushing", done).is_some() {
             self.model.flushed();
         }
@@ -243,12 +266,12 @@ impl Session {
     }
 
     fn maintain(&mut self) {
-        let done = codec::bounded("maintaining", &self.file, || self.image.maintain(&|| ()));
+        let done = codec::bounded("maintaining", self.file(), || self.image.maintain(&|| ()));
         self.expect("maintaining", done);
     }
 
     fn close(&mut self) -> bool {
-        let done = codec::bounded("closing", &self.file, || self.image.close());
+        let done = codec::bounded("closing", self.file(), || self.image.close());
         let closed = self.expect("closing", done).is_some();
         if closed {
             self.model.flushed();
@@ -256,16 +279,30 @@ impl Session {
         closed
     }
 
-    fn close_and_reopen(&mut self) {
+    fn close_and_reopen(&mut self, bytes: &mut Bytes) {
         let closed = self.close();
-        self.file.heal();
+        self.heal();
         if closed {
-            let report = codec::check(self.format, &self.file, false).expect("what is closed can be checked");
+            let report =
+                codec::check(self.format, self.file(), false).expect("what is closed can be checked");
             assert!(report.is_sound(), "damaged after it was closed: {report:?}");
+            if bytes.byte() & 1 == 1 && self.notes.is_some() {
+                // A closed image owes nothing to its notes.
+                self.notes = Some(MemoryFile::new(Contents::default()));
+            }
+        } else {
+            self.died();
         }
-        self.image =
-            codec::open(self.format, &self.file, false, !closed).expect("what is closed can be opened");
+        self.image = self.open(false, !closed).expect("what is closed can be opened");
         self.compare("closed and opened");
+    }
+
+    /// What the death of the daemon means for what the disk may hold.
+    fn died(&mut self) {
+        if self.is_differencing() && self.notes.is_none() {
+            // Sectors that were not flushed may be the parent's again.
+            self.model.power_was_cut();
+        }
     }
 
     /// The daemon dies, or the power fails; maybe once more while the image is opened again.
@@ -275,38 +312,42 @@ impl Session {
         if during_open & 1 == 1 {
             let fault =
                 Fault { after: u64::from(during_open >> 3), lasting: true, partial: during_open & 2 != 0 };
-            self.file.set_fault(Some(fault));
-            let opened = codec::open(self.format, &self.file, false, true);
+            self.file().set_fault(Some(fault));
+            let opened = self.open(false, true);
             self.expect("opening after a crash", opened);
             self.fail(bytes, during_open & 4 != 0);
         }
         match bytes.byte() % 4 {
-            0 => {
-                let before = self.file.contents();
-                let report =
-                    codec::check(self.format, &self.file, true).expect("what crashed can be checked");
-                assert!(report.is_sound(), "damaged by a crash: {report:?}");
-                drop(before);
-            }
-            1 => {
-                let before = self.file.contents();
-                let image =
-                    codec::open(self.format, &self.file, true, true).expect("what crashed can be read");
-                self.model.compare(&*image, &self.fence(), "read after a crash");
-                assert!(before == self.file.contents(), "opening for reading changed the file");
-            }
+            0 => self.repair_what_crashed(),
+            1 => self.read_what_crashed(),
             _ => {}
         }
-        self.image = codec::open(self.format, &self.file, false, true).expect("what crashed can be opened");
+        self.image = self.open(false, true).expect("what crashed can be opened");
         self.compare("opened after a crash");
     }
 
+    fn repair_what_crashed(&self) {
+        let report = codec::check(self.format, self.file(), true).expect("what crashed can be checked");
+        assert!(report.is_sound(), "damaged by a crash: {report:?}");
+    }
+
+    fn read_what_crashed(&mut self) {
+        let before = self.file().contents();
+        let image = self.open(true, true).expect("what crashed can be read");
+        self.model.compare(&*image, &Fence::of_foreign(self.format, self.file()), "read after a crash");
+        assert!(before == self.file().contents(), "opening for reading changed the file");
+    }
+
     fn fail(&mut self, bytes: &mut Bytes, power: bool) {
-        self.file.heal();
+        self.heal();
         if power {
             let (how, seed) = (bytes.byte(), bytes.byte());
-            self.file.cut_power(&mut keeper(how, ChaCha8Rng::seed_from_u64(seed.into())));
+            self.file().cut_power(&mut keeper(how, ChaCha8Rng::seed_from_u64(seed.into())));
             self.model.power_was_cut();
+            // Notes are worth something only within one boot.
+            self.boot += 1;
+        } else {
+            self.died();
         }
     }
 
@@ -314,25 +355,34 @@ impl Session {
         let (what, after) = (bytes.byte(), bytes.byte());
         if what & 7 == 7 {
             let room = u64::from(after) * (SECTOR << (what >> 5));
-            self.file.set_limit(Some(self.file.contents().len() + room));
-        } else {
-            let fault =
-                Fault { after: u64::from(after % 48), lasting: what & 1 == 1, partial: what & 2 == 2 };
-            self.file.set_fault(Some(fault));
+            self.file().set_limit(Some(self.file().contents().len() + room));
+            return;
+        }
+        let fault = Fault { after: u64::from(after % 48), lasting: what & 1 == 1, partial: what & 2 == 2 };
+        match &self.notes {
+            Some(notes) if what & 0x30 == 0x30 => notes.set_fault(Some(fault)),
+            _ => self.file().set_fault(Some(fault)),
         }
     }
 
     /// Others may look at an image in use.
     fn look_from_outside(&mut self) {
-        let copy = MemoryFile::new(self.file.contents());
-        let report = codec::check(self.format, &copy, false).expect("an image in use can be checked");
+        let copy_of = |file: &Arc<MemoryFile>| MemoryFile::new(file.contents());
+        let mut layers = self.layers.clone();
+        layers[0] = copy_of(&layers[0]);
+        let notes = self.notes.as_ref().map(copy_of);
+        let report = codec::check(self.format, &layers[0], false).expect("an image in use can be checked");
         let damage = codec::damage(&report);
         assert!(
             damage.iter().all(|code| *code == "vhd-footer-missing"),
             "an image in use is damaged: {damage:?}"
         );
-        let image = codec::open(self.format, &copy, true, false).expect("an image in use can be read");
-        self.model.compare(&*image, &Fence::of_ours(self.format, &copy), "looked at from outside");
+        let image = self.open_as(&layers, notes.as_ref(), true, false).expect("an image in use can be read");
+        if notes.is_some() || !self.is_differencing() {
+            let fence = Fence::of_ours(self.format, &layers[0]);
+            // It may differ in what is unknown: nothing is learned from it.
+            self.model.clone().compare(&*image, &fence, "looked at from outside");
+        }
     }
 
     fn compare(&mut self, when: &str) {
@@ -342,15 +392,12 @@ impl Session {
 
     fn end(mut self) {
         self.compare("at the end");
-        self.file.heal();
-        // What failed before may have made the image read-only.
-        if self.image.close().is_ok() {
-            let report = codec::check(self.format, &self.file, false).expect("what is closed can be checked");
-            assert!(report.is_sound(), "damaged at the end: {report:?}");
-        }
-        let image = codec::open(self.format, &self.file, true, false).expect("it can be opened at the end");
-        let whole = ByteSpan::new(0, image.geometry().virtual_size);
-        assert_eq!(whole.len, self.sectors * self.sector, "the size has changed");
+        self.settle();
+        let report = codec::check(self.format, self.file(), false).expect("what is closed can be checked");
+        assert!(report.is_sound(), "damaged at the end: {report:?}");
+        // What is closed needs no notes.
+        let image = self.open_as(&self.layers, None, true, false).expect("it can be opened at the end");
+        assert_eq!(image.geometry().virtual_size, self.sectors * self.sector, "the size has changed");
         self.model.compare(&*image, &self.fence(), "at the very end");
     }
 }

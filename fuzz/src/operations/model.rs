@@ -20,23 +20,60 @@ impl Tag {
 
 type Sector = [u8; SECTOR as usize];
 
+/// Some contents; mostly there is one, which takes no memory of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Tags {
+    first: Tag,
+    more: Vec<Tag>,
+}
+
+impl Tags {
+    fn one(first: Tag) -> Self {
+        Self { first, more: Vec::new() }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = Tag> {
+        std::iter::once(self.first).chain(self.more.iter().copied())
+    }
+
+    fn has(&self, tag: Tag) -> bool {
+        self.iter().any(|t| t == tag)
+    }
+
+    fn add(&mut self, tag: Tag) {
+        if !self.has(tag) {
+            self.more.push(tag);
+        }
+    }
+
+    fn is(&self, tag: Tag) -> bool {
+        self.first == tag && self.more.is_empty()
+    }
+}
+
 #[derive(Debug, Clone)]
 struct Possible {
     /// What it may hold right now.
-    now: Vec<Tag>,
+    now: Tags,
     /// What it may hold after a power cut.
-    safe: Vec<Tag>,
+    safe: Tags,
 }
 
 impl Possible {
     fn zero() -> Self {
-        Self { now: vec![Tag::ZERO], safe: vec![Tag::ZERO] }
+        Self { now: Tags::one(Tag::ZERO), safe: Tags::one(Tag::ZERO) }
     }
-}
 
-fn add(list: &mut Vec<Tag>, tag: Tag) {
-    if !list.contains(&tag) {
-        list.push(tag);
+    fn is_zero(&self) -> bool {
+        self.now.is(Tag::ZERO) && self.safe.is(Tag::ZERO)
+    }
+
+    fn change(&mut self, tag: Tag, outcome: Outcome) {
+        self.safe.add(tag);
+        match outcome {
+            Outcome::Done => self.now = Tags::one(tag),
+            Outcome::Unknown => self.now.add(tag),
+        }
     }
 }
 
@@ -55,6 +92,8 @@ pub(super) struct Model {
     sectors: BTreeMap<u64, Possible>,
     special: Vec<Sector>,
     changes: u64,
+    /// What lay beyond the end of a differencing disk when it was made smaller: the parent may still have it.
+    beyond: BTreeMap<u64, Possible>,
 }
 
 impl Model {
@@ -74,59 +113,59 @@ impl Model {
         Tag(SPECIAL | (self.special.len() as u64 - 1))
     }
 
-    fn sector(&self, tag: Tag) -> Sector {
-        if tag.0 & SPECIAL != 0 {
-            return self.special[(tag.0 & !SPECIAL) as usize];
+    fn put(&self, tag: Tag, sector: &mut [u8]) {
+        match self.special_of(tag) {
+            Some(special) => sector.copy_from_slice(special),
+            None => sector.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&tag.0.to_le_bytes())),
         }
-        let mut sector = [0; SECTOR as usize];
-        sector.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&tag.0.to_le_bytes()));
-        sector
+    }
+
+    fn special_of(&self, tag: Tag) -> Option<&Sector> {
+        (tag.0 & SPECIAL != 0).then(|| &self.special[(tag.0 & !SPECIAL) as usize])
+    }
+
+    /// Whether these bytes of a sector are what the tag stands for.
+    fn matches(&self, tag: Tag, sector: &[u8]) -> bool {
+        match self.special_of(tag) {
+            Some(special) => sector == special,
+            None => sector.chunks_exact(8).all(|word| word == tag.0.to_le_bytes()),
+        }
     }
 
     /// The bytes that these tags stand for.
     pub(super) fn bytes(&self, tags: &[Tag]) -> Vec<u8> {
-        tags.iter().flat_map(|tag| self.sector(*tag)).collect()
+        let mut bytes = vec![0; tags.len() * SECTOR as usize];
+        bytes.chunks_exact_mut(SECTOR as usize).zip(tags).for_each(|(sector, tag)| self.put(*tag, sector));
+        bytes
     }
 
     /// Notes a write of these tags from `offset` on.
     pub(super) fn wrote(&mut self, offset: u64, tags: &[Tag], outcome: Outcome) {
         for (n, tag) in (offset / SECTOR..).zip(tags) {
-            let sector = self.sectors.entry(n).or_insert_with(Possible::zero);
-            add(&mut sector.safe, *tag);
-            match outcome {
-                Outcome::Done => sector.now = vec![*tag],
-                Outcome::Unknown => add(&mut sector.now, *tag),
-            }
+            self.sectors.entry(n).or_insert_with(Possible::zero).change(*tag, outcome);
         }
     }
 
     /// Notes that a span was zeroed.
     pub(super) fn zeroed(&mut self, at: ByteSpan, outcome: Outcome) {
         let range = at.offset / SECTOR..(at.offset + at.len) / SECTOR;
-        for (_, sector) in self.sectors.range_mut(range) {
-            add(&mut sector.safe, Tag::ZERO);
-            match outcome {
-                Outcome::Done => sector.now = vec![Tag::ZERO],
-                Outcome::Unknown => add(&mut sector.now, Tag::ZERO),
-            }
-        }
+        self.sectors.range_mut(range).for_each(|(_, sector)| sector.change(Tag::ZERO, outcome));
     }
 
     /// Notes that all of it was made durable.
     pub(super) fn flushed(&mut self) {
         self.sectors.values_mut().for_each(|sector| sector.safe.clone_from(&sector.now));
+        self.sectors.retain(|_, sector| !sector.is_zero());
     }
 
     /// Notes that what `earlier` held was made durable, and maybe what came later.
     pub(super) fn flushed_since(&mut self, earlier: &Self) {
+        let zero = Possible::zero();
         for (n, sector) in &mut self.sectors {
-            let was = earlier.sectors.get(n).map_or(vec![Tag::ZERO], |s| s.now.clone());
-            let later: Vec<Tag> = match earlier.sectors.get(n) {
-                Some(old) => sector.safe.iter().filter(|tag| !old.safe.contains(tag)).copied().collect(),
-                None => sector.safe.clone(),
-            };
-            sector.safe = was;
-            later.into_iter().chain(sector.now.clone()).for_each(|tag| add(&mut sector.safe, tag));
+            let old = earlier.sectors.get(n).unwrap_or(&zero);
+            let later: Vec<Tag> = sector.safe.iter().filter(|tag| !old.safe.has(*tag)).collect();
+            sector.safe.clone_from(&old.now);
+            later.into_iter().chain(sector.now.iter()).for_each(|tag| sector.safe.add(tag));
         }
     }
 
@@ -135,29 +174,54 @@ impl Model {
         self.sectors.values_mut().for_each(|sector| sector.now.clone_from(&sector.safe));
     }
 
+    /// Notes that the disk has this many sectors of 512 bytes now.
+    ///
+    /// # Panics
+    /// When content was cut off, and it is not a parent's.
+    pub(super) fn resized(&mut self, sectors: u64, differencing: bool) {
+        let cut = self.sectors.split_off(&sectors);
+        for (n, mut sector) in cut {
+            let data = sector.now.iter().any(|tag| tag != Tag::ZERO);
+            assert!(differencing || !data, "sector {n} was cut off with {:x?}", sector.now);
+            sector.now.add(Tag::ZERO);
+            sector.safe.clone_from(&sector.now);
+            self.beyond.insert(n, sector);
+        }
+        let more = self.beyond.split_off(&sectors);
+        self.sectors.extend(std::mem::replace(&mut self.beyond, more));
+    }
+
     /// Compares all of the disk, and takes what it holds for what it goes on to hold.
     ///
     /// # Panics
     /// When a sector holds what it must not.
     pub(super) fn compare(&mut self, image: &dyn Image, fence: &Fence, when: &str) {
-        let found = stored(image, fence);
-        for (n, bytes) in &found {
-            assert!(
-                self.sectors.contains_key(n),
-                "{when}: sector {n} was never written, and holds {:02x?}...",
-                &bytes[..16]
-            );
-        }
         let mut sectors = std::mem::take(&mut self.sectors);
-        for (n, sector) in &mut sectors {
-            let bytes = found.get(n).copied().unwrap_or([0; SECTOR as usize]);
-            let Some(tag) = sector.now.iter().copied().find(|tag| self.sector(*tag) == bytes) else {
-                panic!("{when}: sector {n} may hold {:x?}, and holds {:02x?}...", sector.now, &bytes[..16])
-            };
-            sector.now = vec![tag];
-        }
+        let mut expected = sectors.iter_mut().peekable();
+        let zeroes = [0; SECTOR as usize];
+        each_stored(image, fence, &mut |n, bytes| {
+            while let Some((n, sector)) = expected.next_if(|(next, _)| **next < n) {
+                self.pin(*n, sector, &zeroes, when);
+            }
+            match expected.next_if(|(next, _)| **next == n) {
+                Some((_, sector)) => self.pin(n, sector, bytes, when),
+                None => panic!("{when}: sector {n} was never written, and holds {:02x?}...", &bytes[..16]),
+            }
+        });
+        expected.for_each(|(n, sector)| self.pin(*n, sector, &zeroes, when));
         self.sectors = sectors;
         self.compare_extents(image, when);
+    }
+
+    /// Of what a sector may hold it holds this, and goes on to hold it.
+    fn pin(&self, n: u64, sector: &mut Possible, bytes: &[u8], when: &str) {
+        let found = sector.now.iter().find(|tag| self.matches(*tag, bytes));
+        match found {
+            Some(tag) => sector.now = Tags::one(tag),
+            None => {
+                panic!("{when}: sector {n} may hold {:x?}, and holds {:02x?}...", sector.now, &bytes[..16])
+            }
+        }
     }
 
     fn compare_extents(&self, image: &dyn Image, when: &str) {
@@ -172,7 +236,7 @@ impl Model {
                 continue;
             }
             for (n, sector) in self.sectors.range(extent.span.offset / SECTOR..at / SECTOR) {
-                assert!(sector.now == [Tag::ZERO], "{when}: sector {n} holds data, but lies in {extent:?}");
+                assert!(sector.now.is(Tag::ZERO), "{when}: sector {n} holds data, but lies in {extent:?}");
             }
         }
         assert_eq!(at, size, "{when}: the extents do not end with the disk");
@@ -185,7 +249,7 @@ impl Model {
     pub(super) fn compare_bytes(&self, offset: u64, bytes: &[u8], when: &str) {
         for (n, found) in (offset / SECTOR..).zip(bytes.chunks_exact(SECTOR as usize)) {
             let fine = match self.sectors.get(&n) {
-                Some(sector) => sector.now.iter().any(|tag| self.sector(*tag) == found),
+                Some(sector) => sector.now.iter().any(|tag| self.matches(tag, found)),
                 None => is_zero(found),
             };
             assert!(fine, "{when}: sector {n} holds {:02x?}...", &found[..16]);
@@ -193,13 +257,14 @@ impl Model {
     }
 }
 
-/// All sectors of the disk that are not zero. Skips holes of the files.
-fn stored(image: &dyn Image, fence: &Fence) -> BTreeMap<u64, Sector> {
+/// Calls `each` with all sectors of the disk that are not zero, in order. Skips holes of the files.
+fn each_stored(image: &dyn Image, fence: &Fence, each: &mut dyn FnMut(u64, &[u8])) {
+    const STEP: u64 = 64 << 10;
     let span = ByteSpan::new(0, image.geometry().virtual_size);
     let mut pieces = Pieces::new();
     image.map_read(span, &mut pieces).expect("the disk can be mapped");
     fence.watch(image, span, &pieces);
-    let mut found = BTreeMap::new();
+    let mut buffer = vec![0; STEP as usize];
     let mut virtual_offset = 0;
     for piece in pieces.iter() {
         if let Some((file, offset)) = in_file(piece) {
@@ -210,13 +275,13 @@ fn stored(image: &dyn Image, fence: &Fence) -> BTreeMap<u64, Sector> {
             {
                 // Stored in pages, which may lie off the sectors of this piece.
                 let from = offset + (start.max(offset) - offset) / SECTOR * SECTOR;
-                let to = (offset + (stop - offset).next_multiple_of(SECTOR)).min(end);
-                let mut bytes = vec![0; (to - from) as usize];
-                file.read_at(&mut bytes, from).expect("there is no fault");
+                let to = (offset + (stop - offset).next_multiple_of(SECTOR)).min(end).min(from + STEP);
+                let bytes = &mut buffer[..(to - from) as usize];
+                file.read_at(bytes, from).expect("there is no fault");
                 let first = (virtual_offset + from - offset) / SECTOR;
                 for (n, sector) in (first..).zip(bytes.chunks_exact(SECTOR as usize)) {
                     if !is_zero(sector) {
-                        found.insert(n, sector.try_into().expect("as long as a sector"));
+                        each(n, sector);
                     }
                 }
                 at = to;
@@ -224,5 +289,4 @@ fn stored(image: &dyn Image, fence: &Fence) -> BTreeMap<u64, Sector> {
         }
         virtual_offset += piece.len;
     }
-    found
 }
