@@ -7,7 +7,8 @@ use std::time::Duration;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use system_tests::daemon::Program;
-use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
+use system_tests::ring::{FLUSH, IO_ERROR, OK, READ, WRITE};
+use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, Request, VerifiedLoad};
 
 const SIZE: u64 = 128 << 20;
 const SECTORS: u64 = SIZE / 512;
@@ -230,5 +231,124 @@ fn a_parent_that_is_cut_short_is_an_error_of_the_request_and_of_nothing_else() {
         drop(load.front);
         fresh.run_requests(500).unwrap();
         fresh.drain().unwrap();
+    }
+}
+
+/// A guest that writes a MiB at a time, filled with one byte.
+struct Filler {
+    front: FrontEnd,
+    buffer: u64,
+}
+
+impl Filler {
+    const BYTES: u32 = 1 << 20;
+    const SECTORS: u64 = Self::BYTES as u64 / 512;
+
+    fn start(daemon: &Daemon) -> Self {
+        let front = FrontEnd::start(&daemon.socket("disk"), Options::default()).unwrap();
+        let buffer = front.memory.alloc(0, u64::from(Self::BYTES), 4096);
+        Self { front, buffer }
+    }
+
+    fn run(&mut self, kind: u32, mib: u64) -> u8 {
+        let data = [(self.buffer, Self::BYTES)];
+        let data = if kind == FLUSH { &data[..0] } else { &data[..] };
+        let sector = if kind == FLUSH { 0 } else { mib * Self::SECTORS };
+        self.front.rings[0].run(&Request { kind, sector, data }).status
+    }
+
+    fn write(&mut self, mib: u64, value: u8) -> u8 {
+        self.front.memory.fill(self.buffer, Self::BYTES as usize, value);
+        self.run(WRITE, mib)
+    }
+
+    /// Every sector is one of these values throughout.
+    fn expect(&mut self, mib: u64, allowed: &[u8]) {
+        assert_eq!(self.run(READ, mib), OK);
+        let mut bytes = vec![0; Self::BYTES as usize];
+        self.front.memory.read(self.buffer, &mut bytes);
+        for sector in bytes.chunks(512) {
+            assert!(allowed.contains(&sector[0]) && sector.iter().all(|b| *b == sector[0]), "MiB {mib}");
+        }
+    }
+}
+
+#[test]
+fn a_new_image_without_space_fails_writes_and_neither_loses_nor_mixes_anything() {
+    if is_reference() {
+        return;
+    }
+    for kind in KINDS {
+        let mut daemon = Daemon::with_disk(kind, SIZE, 1).unwrap();
+        let place = daemon.dir().join("small");
+        std::fs::create_dir(&place).unwrap();
+        let Some(_mount) = Tmpfs::mount(&place, 48 << 20) else { return };
+        let mut guest = Filler::start(&daemon);
+        let mibs = SIZE >> 20;
+        for mib in 0..mibs {
+            assert_eq!(guest.write(mib, 0x11), OK);
+        }
+        daemon.snapshot("disk", &place.join(format!("child.{}", kind.name()))).unwrap();
+        let hog = place.join("hog");
+        std::fs::write(&hog, vec![1; 24 << 20]).unwrap();
+        let mut written = Vec::new();
+        for mib in (0..mibs).step_by(2) {
+            match guest.write(mib, 0x22) {
+                OK => written.push(mib),
+                IO_ERROR => break,
+                other => panic!("status {other}"),
+            }
+        }
+        println!("{kind:?}: {} MiB fitted", written.len());
+        assert!(!written.is_empty() && written.len() < mibs as usize / 2);
+        let check = |guest: &mut Filler| {
+            for mib in 0..mibs {
+                let failed = written.last().is_some_and(|last| mib == last + 2);
+                match (written.contains(&mib), failed) {
+                    (true, _) => guest.expect(mib, &[0x22]),
+                    (false, true) => guest.expect(mib, &[0x11, 0x22]),
+                    (false, false) => guest.expect(mib, &[0x11]),
+                }
+            }
+        };
+        check(&mut guest);
+        drop(guest);
+        // Killed on the full file system, and back once there is room: applying a log may need some.
+        daemon.kill9();
+        std::fs::remove_file(&hog).unwrap();
+        daemon.restart().unwrap();
+        let mut guest = Filler::start(&daemon);
+        check(&mut guest);
+        let next = written.last().unwrap() + 2;
+        assert_eq!((guest.write(next, 0x33), guest.run(FLUSH, 0)), (OK, OK), "there is room again");
+        guest.expect(next, &[0x33]);
+        assert_eq!(daemon.disk("disk").unwrap().failed, None);
+        drop(guest);
+        assert!(daemon.terminate().unwrap(), "the daemon failed at its end");
+    }
+}
+
+/// A file system in memory with a size, mounted until this is dropped.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &Path, size: u64) -> Option<Self> {
+        let output = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(at)
+            .output();
+        match output {
+            Ok(output) if output.status.success() => Some(Self(at.to_owned())),
+            other => {
+                eprintln!("SKIPPED: a small file system can't be mounted (are you root?): {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
