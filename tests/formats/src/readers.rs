@@ -87,7 +87,8 @@ fn python() -> PathBuf {
 }
 
 /// Content as libvhdi reads it: everything but VHDs with parents or another size than they had at first. It does not replay logs, and where a child says that a block
-/// is zeroes it reads what the parent has. The image first, then its parents.
+/// is zeroes it reads what the parent has; where a child has no bitmap yet, it takes other bytes for one. The image first, then its
+/// parents.
 pub fn libvhdi(chain: &[&Path]) -> Option<Result<Vec<u8>, String>> {
     runs("libvhdi", python(), &["-c", "import pyvhdi"], None)
         .then(|| output(Command::new(python()).arg(script("read_with_libvhdi.py")).args(chain)))

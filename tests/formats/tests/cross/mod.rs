@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -292,10 +293,13 @@ impl Disk {
         answer
     }
 
-    /// A chain of VHDXs as libvhdi reads it, which looks in the parent where a child says that a block is zeroes. These
-    /// blocks are left to the others.
+    /// A chain of VHDXs as libvhdi reads it, which looks in the parent where a child says that a block is zeroes, and takes the
+    /// beginning of the file for a bitmap where there is none. These blocks, and such files, are left to the others.
     fn through_libvhdi(&self) -> Answer {
         let chain: Vec<&Path> = self.chain.iter().map(PathBuf::as_path).collect();
+        if !self.chain[..self.chain.len() - 1].iter().all(|path| has_bitmap(path)) {
+            return None;
+        }
         let mut answer = readers::libvhdi(&chain);
         if let Some(Ok(data)) = &mut answer {
             for path in &self.chain[..self.chain.len() - 1] {
@@ -355,6 +359,23 @@ fn zero_blocks(path: &Path) -> Vec<Range<usize>> {
         at = end;
     }
     zeroes
+}
+
+/// Whether the first chunk of a differencing VHDX, which is all of a small one, has a sector bitmap. The place of its entry
+/// is the specification's (2.5).
+fn has_bitmap(path: &Path) -> bool {
+    const BAT: [u8; 16] =
+        [0x66, 0x77, 0xC2, 0x2D, 0x23, 0xF6, 0x00, 0x42, 0x9D, 0x64, 0x11, 0x5E, 0x9B, 0xFD, 0x4A, 0x08];
+    let file = File::open(path).unwrap();
+    let mut regions = [0; 4096];
+    file.read_exact_at(&mut regions, 192 << 10).unwrap();
+    let region = regions[16..].chunks(32).find(|region| region[..16] == BAT).unwrap();
+    let table = u64::from_le_bytes(region[16..24].try_into().unwrap());
+    let info = formats::info(path, None).unwrap();
+    let chunk = (u64::from(info.logical_sector_size) << 23) / u64::from(info.block_size);
+    let mut entry = [0; 8];
+    file.read_exact_at(&mut entry, table + chunk * 8).unwrap();
+    entry[0] & 7 == 6
 }
 
 /// All that an image holds.
