@@ -18,7 +18,8 @@ use crate::{offline, paths, watch};
   blockctl move vm1 --to /mnt/faster/
   blockctl move vm1 --to /mnt/vm1.vhd --bandwidth 200M --switch manual
   blockctl move vm1 --to /mnt/faster/ --disk /images/golden.vhdx=/images/golden.vhdx
-  blockctl move ./old.vhdx --to /mnt/faster/")]
+  blockctl move ./old.vhdx --to /mnt/faster/
+  blockctl move ./child.vhdx --to /mnt/faster/ --parents ./base")]
 pub(crate) struct Args {
     /// Disks by name, or images by path
     #[arg(required = true, value_name = "ID|IMAGE", value_parser = NonEmptyStringValueParser::new())]
@@ -31,7 +32,7 @@ pub(crate) struct Args {
 }
 
 /// What `move` and `plan` share.
-#[derive(Debug, ClapArgs)]
+#[derive(Debug, Clone, ClapArgs)]
 pub(crate) struct Options {
     /// The new file, or a folder, in which names are kept
     #[arg(long, value_name = "WHERE")]
@@ -72,6 +73,9 @@ pub(crate) struct Options {
     /// Where one file of a chain goes, all others to --to; a file that goes to itself stays
     #[arg(long = "disk", value_name = "FILE=WHERE", value_parser = parse_place)]
     pub(crate) files: Vec<(PathBuf, PathBuf)>,
+    /// A folder, or a file, in which parents of an image that no daemon serves may be found; repeatable
+    #[arg(long, value_name = "DIR")]
+    pub(crate) parents: Vec<PathBuf>,
     /// What to do when the target fails [default: pause]
     #[arg(long, value_name = "WHAT", value_parser = ["pause", "retry", "abort"])]
     pub(crate) on_target_error: Option<String>,
@@ -205,6 +209,11 @@ fn request(id: &str, options: &Options) -> Result<MoveRequest, Failure> {
     if options.from_format.is_some() {
         return Err(Failure::usage(
             "--from-format is for images that no daemon serves; a disk's format is known",
+        ));
+    }
+    if !options.parents.is_empty() {
+        return Err(Failure::usage(
+            "--parents is for images that no daemon serves; a disk's parents are known",
         ));
     }
     let or = |value: &Option<String>, default: &str| value.clone().unwrap_or_else(|| default.to_owned());

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use formats::{
     Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, ErrorKind, Format, Image,
-    OpenOptions,
+    Layer, NewParentLink, OpenOptions,
 };
 use indicatif::ProgressBar;
 use nix::errno::Errno;
@@ -29,6 +29,7 @@ pub(crate) fn new_job() -> String {
 #[derive(Debug)]
 pub(crate) struct Unfinished {
     path: PathBuf,
+    /// What it is called for now.
     temporary: PathBuf,
     format: Format,
     finished: bool,
@@ -40,18 +41,49 @@ impl Unfinished {
     /// # Errors
     /// When `path` exists, whatever it is, and whatever creating an image fails with.
     pub(crate) fn create(path: &Path, job: &str, options: &CreateOptions) -> Result<Self, Failure> {
-        if path.symlink_metadata().is_ok() {
-            return Err(exists(path));
-        }
+        let unfinished = Self::named(path, job, options.format)?;
+        // Whoever reads of a failure knows the target by its final name.
+        let made = formats::create(&unfinished.temporary, options);
+        made.map_err(|e| unfinished.not_made(e))?;
+        Ok(unfinished.made())
+    }
+
+    /// Creates an empty image of a chain, with this link to its parent if it is to have one, and opens it by itself.
+    ///
+    /// # Errors
+    /// As [`Self::create`].
+    pub(crate) fn create_layer(
+        path: &Path,
+        job: &str,
+        options: &CreateOptions,
+        link: Option<NewParentLink>,
+    ) -> Result<(Self, Arc<dyn Layer>), Failure> {
+        let unfinished = Self::named(path, job, options.format)?;
+        // Nobody knows of it yet, so there is nothing that the death of the process could lose.
+        let layer = formats::make_layer(&unfinished.temporary, options, link, None);
+        let layer = layer.map_err(|e| unfinished.not_made(e))?;
+        Ok((unfinished.made(), layer))
+    }
+
+    /// Before there is a file; nothing is removed when it is dropped.
+    fn named(path: &Path, job: &str, format: Format) -> Result<Self, Failure> {
+        check_free(path)?;
         let Some(name) = path.file_name() else {
             return Err(Failure::usage(format!("{}: this names no file", path.display())));
         };
         let mut name = name.to_owned();
         name.push(format!(".incomplete-{job}"));
         let temporary = path.with_file_name(name);
-        // Whoever reads of a failure knows the target by its final name.
-        formats::create(&temporary, options).map_err(|e| CreateError { path: path.to_owned(), ..e })?;
-        Ok(Self { path: path.to_owned(), temporary, format: options.format, finished: false })
+        Ok(Self { path: path.to_owned(), temporary, format, finished: true })
+    }
+
+    fn made(mut self) -> Self {
+        self.finished = false;
+        self
+    }
+
+    fn not_made(&self, e: CreateError) -> CreateError {
+        CreateError { path: self.path.clone(), ..e }
     }
 
     /// Where it is for now.
@@ -78,9 +110,21 @@ impl Unfinished {
 
     /// Gives it its final name, durably. Nothing that has come to exist there meanwhile is overwritten.
     pub(crate) fn finish(mut self) -> Result<(), Failure> {
+        self.rename()?;
+        self.keep();
+        Ok(())
+    }
+
+    /// Gives it its final name, durably, under which it still goes unless it is kept. As [`Self::finish`] otherwise.
+    pub(crate) fn rename(&mut self) -> Result<(), Failure> {
         rename_without_overwriting(&self.temporary, &self.path)?;
-        self.finished = true;
+        self.temporary.clone_from(&self.path);
         sync_folder(folder_of(&self.path))
+    }
+
+    /// It is there to stay.
+    pub(crate) fn keep(mut self) {
+        self.finished = true;
     }
 }
 
@@ -91,6 +135,11 @@ impl Drop for Unfinished {
             let _ = std::fs::remove_file(&self.temporary);
         }
     }
+}
+
+/// Refuses a name that is taken, be it by a link that leads nowhere.
+pub(crate) fn check_free(path: &Path) -> Result<(), Failure> {
+    if path.symlink_metadata().is_ok() { Err(exists(path)) } else { Ok(()) }
 }
 
 fn exists(path: &Path) -> Failure {
@@ -126,17 +175,19 @@ struct Pace<'a> {
     bar: &'a ProgressBar,
     bandwidth: Option<u64>,
     started: Instant,
+    /// Where the bar was when this began.
+    before: u64,
 }
 
 impl<'a> Pace<'a> {
     fn new(cancel: &'a Cancel, bar: &'a ProgressBar, bandwidth: Option<u64>) -> Self {
-        Self { cancel, bar, bandwidth, started: Instant::now() }
+        Self { cancel, bar, bandwidth, started: Instant::now(), before: bar.position() }
     }
 
     /// Draws, and waits while that was too fast.
     fn report(&self, progress: CopyProgress) -> ControlFlow<()> {
         let moved = progress.bytes_copied;
-        self.bar.set_position(progress.bytes_done);
+        self.bar.set_position(self.before + progress.bytes_done);
         let elapsed = self.started.elapsed().as_secs_f64().max(0.001);
         let rate = render::rate((moved as f64 / elapsed) as u64);
         let left =
@@ -194,6 +245,27 @@ pub(crate) fn copy_to(
         .map_err(|e| explain(e, source.path, &target.path, cancel))?;
     image.close()?;
     drop(image);
+    target.sync()?;
+    Ok(outcome)
+}
+
+/// Copies what the layer `source` has of its own into the fresh target `image`, which is on parents that read as the
+/// source's do, closes that and makes it durable.
+///
+/// # Errors
+/// As [`copy_to`].
+pub(crate) fn copy_layer_to(
+    source: Side<'_>,
+    image: &dyn Image,
+    target: &Unfinished,
+    cancel: &Cancel,
+    bar: &ProgressBar,
+    bandwidth: Option<u64>,
+) -> Result<CopyOutcome, Failure> {
+    let pace = Pace::new(cancel, bar, bandwidth);
+    let outcome = formats::copy_layer(source.image, image, &mut |progress| pace.report(progress))
+        .map_err(|e| explain(e, source.path, &target.path, cancel))?;
+    image.close()?;
     target.sync()?;
     Ok(outcome)
 }
