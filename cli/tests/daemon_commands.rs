@@ -366,7 +366,7 @@ fn a_move_says_each_phase_once_and_sums_up() {
         sent.body,
         json!({
             "disks": ["vm1"], "to": "/b/", "mirror": "after-copy", "switch": "auto", "verify": "full",
-            "keep_source": false, "copy_only": false, "on_target_error": "pause",
+            "keep_source": false, "copy_only": false, "flatten": false, "on_target_error": "pause",
         })
     );
 }
@@ -404,7 +404,7 @@ fn a_move_passes_its_options_on() {
         json!({
             "disks": ["vm1"], "to": "/b/vm1.vhd", "format": "vhd", "type": "fixed", "block_size": 2097152,
             "mirror": "from-start", "switch": "manual", "verify": "sample", "bandwidth": 209715200,
-            "keep_source": true, "copy_only": false, "on_target_error": "retry",
+            "keep_source": true, "copy_only": false, "flatten": false, "on_target_error": "retry",
         })
     );
 }
