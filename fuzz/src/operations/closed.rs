@@ -64,6 +64,12 @@ impl Session {
         }
         self.compare("before a merge");
         self.settle();
+        let parent = self.open_as(&self.layers[1..], None, true, false).expect("a parent can be read");
+        if parent.geometry().virtual_size > self.sectors * self.sector {
+            // What lies beyond the child's end may be data.
+            self.reopen("without a merge");
+            return;
+        }
         let files = self.layers[1..].to_vec();
         files[0].set_fault(fault(bytes));
         if let Err(e) = self.merge_into(&files) {
@@ -91,7 +97,7 @@ impl Session {
         let chain = child.as_chain().expect("a child is a chain");
         let size = child.geometry().virtual_size;
         if size != chain.layers()[1].geometry().virtual_size {
-            codec::resize(self.format, &files[0], size, true)?;
+            codec::resize(self.format, &files[0], size, false)?;
         }
         let parent = self.open_as(files, None, false, true)?;
         let fence = Fence::of_ours(self.format, &files[0]);
