@@ -118,6 +118,8 @@ fn the_daemons_death_while_a_disk_grows_leaves_one_size_or_the_other_and_all_the
         let options = LoadOptions { depth: 8, mix: Mix::ALL, ..LoadOptions::new(75, SECTORS) };
         let load = start_load(&daemon, options).spawn();
         let (mut size, mut old, mut new) = (SIZE, 0, 0);
+        // How long the daemon lives at most after it was asked, in microseconds: aims at the middle of its work.
+        let mut reach = 20_000;
         for _ in 0..15 {
             if load.wait_requests(100, MINUTE).is_err() {
                 break;
@@ -128,7 +130,7 @@ fn the_daemons_death_while_a_disk_grows_leaves_one_size_or_the_other_and_all_the
                 let body = format!("{{\"size_bytes\":{wanted}}}");
                 system_tests::http::call(&api, "POST", "/v1/disks/disk/resize", Some(&body))
             });
-            std::thread::sleep(Duration::from_micros(random.random_range(0..20_000)));
+            std::thread::sleep(Duration::from_micros(random.random_range(0..reach)));
             daemon.kill9();
             let answered = asked.join().unwrap().is_ok();
             daemon.restart().unwrap();
@@ -136,9 +138,9 @@ fn the_daemons_death_while_a_disk_grows_leaves_one_size_or_the_other_and_all_the
             assert_eq!(disk.failed, None, "{}", daemon.log_tail());
             assert!(disk.size_bytes == wanted || !answered && disk.size_bytes == size, "{kind:?}");
             if disk.size_bytes == size {
-                old += 1
+                (old, reach) = (old + 1, reach * 3 / 2);
             } else {
-                new += 1
+                (new, reach) = (new + 1, reach * 2 / 3);
             }
             size = disk.size_bytes;
         }

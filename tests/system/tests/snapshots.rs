@@ -92,6 +92,8 @@ fn the_daemons_death_around_snapshots_loses_nothing() {
         let options = LoadOptions { depth: 16, mix: Mix::ALL, ..LoadOptions::new(63, SECTORS) };
         let load = start_load(&daemon, options).spawn();
         let (mut made, mut interrupted) = (0, 0);
+        // How long the daemon lives at most after it was asked, in microseconds: aims at the middle of its work.
+        let mut reach = 25_000;
         for n in 0..40 {
             if load.wait_requests(random.random_range(50..300), MINUTE).is_err() {
                 break;
@@ -101,12 +103,12 @@ fn the_daemons_death_around_snapshots_loses_nothing() {
                 let body = format!("{{\"to\":{:?}}}", to.to_string_lossy());
                 system_tests::http::call(&api, "POST", "/v1/disks/disk/snapshot", Some(&body))
             });
-            std::thread::sleep(Duration::from_micros(random.random_range(0..25_000)));
+            std::thread::sleep(Duration::from_micros(random.random_range(0..reach)));
             daemon.kill9();
             match asked.join().unwrap() {
-                Ok((200, _)) => made += 1,
+                Ok((200, _)) => (made, reach) = (made + 1, reach * 2 / 3),
                 Ok((status, body)) => panic!("{status}: {body}"),
-                Err(_) => interrupted += 1,
+                Err(_) => (interrupted, reach) = (interrupted + 1, reach * 5 / 4),
             }
             daemon.restart().unwrap();
             let disk = daemon.disk("disk").unwrap();
