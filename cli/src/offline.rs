@@ -77,6 +77,15 @@ pub(crate) fn create_options(
     })
 }
 
+/// What is said when the copy of `source` is none.
+pub(crate) fn different(source: &Path, at: u64) -> Failure {
+    let message = format!(
+        "{}: the copy differs at byte {at}; it is removed, and the source is as it was: check the target's disk",
+        source.display()
+    );
+    Failure::new("different", message)
+}
+
 /// What an image of a chain is, as far as its place needs it.
 pub(crate) fn source_files(source: &Source) -> Vec<SourceFile> {
     let files = source.held.iter().zip(source.layers());
@@ -215,13 +224,7 @@ impl Task<'_> {
         };
         match difference {
             None => Ok(compared),
-            Some(at) => Err(Failure::new(
-                "different",
-                format!(
-                    "{}: the copy differs at byte {at}; it is removed, and the source is as it was: check the target's disk",
-                    self.path.display()
-                ),
-            )),
+            Some(at) => Err(different(self.path, at)),
         }
     }
 }

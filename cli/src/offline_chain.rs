@@ -18,7 +18,7 @@ use indicatif::ProgressBar;
 
 use crate::failure::Failure;
 use crate::held::Source;
-use crate::offline::Task;
+use crate::offline::{Task, different};
 use crate::paths::folder_of;
 use crate::places::{self, Place, SourceFile};
 use crate::render::complain;
@@ -48,6 +48,7 @@ pub(crate) fn run(task: &Task<'_>, source: &Source, files: &[SourceFile]) -> Res
     let started = Instant::now();
     let open = || chain.open(&places.iter().zip(&made).map(|(p, m)| m.path_now(p)).collect::<Vec<_>>());
     job.bytes_verified = task.verify(&*source.image, &open, made[0].path_now(&places[0]), &job, &bar)?;
+    job.bytes_verified += chain.verify_parents(&made)?;
     job.phases.verify_s = started.elapsed().as_secs_f64();
     bar.finish_and_clear();
 
@@ -159,6 +160,43 @@ impl ChainMove<'_> {
     fn open_with(&self, newest: &Path, parents: Vec<PathBuf>) -> Result<Arc<dyn Image>, Failure> {
         let options = OpenOptions { format: Some(self.format), parents, ..OpenOptions::read_only() };
         Ok(formats::open(newest, &options)?)
+    }
+
+    /// Compares the parents, as asked: what their children hide of them is seen by whoever goes back to them. Returns how
+    /// many bytes were compared.
+    fn verify_parents(&self, made: &[Made]) -> Result<u64, Failure> {
+        if self.task.options.verify == "none" {
+            return Ok(0);
+        }
+        let mut bytes = 0;
+        for level in (1..made.len()).rev().filter(|level| !self.places[*level].stays) {
+            let sources = &self.source.held[level..];
+            let options = OpenOptions {
+                format: Some(self.source.image.format()),
+                parents: sources[1..].iter().map(|held| held.path.clone()).collect(),
+                // They are locked already.
+                lock: false,
+                ..OpenOptions::read_only()
+            };
+            let source = formats::open(&sources[0].path, &options)?;
+            let paths: Vec<_> = self.places.iter().zip(made).map(|(p, m)| m.path_now(p)).collect();
+            let target = self.open(&paths[level..])?;
+            self.bar.set_length(source.geometry().virtual_size);
+            self.bar.set_position(0);
+            let (cancel, bandwidth) = (self.task.cancel, self.task.options.bandwidth);
+            let (compared, difference) = if self.task.options.verify == "full" {
+                let sides = [(&*source, sources[0].path.as_path()), (&*target, paths[level])]
+                    .map(|(image, path)| Side { image, path });
+                transfer::compare_own(sides[0], sides[1], cancel, self.bar, bandwidth)?
+            } else {
+                transfer::compare_samples(&*source, &*target, cancel)?
+            };
+            if let Some(at) = difference {
+                return Err(different(&sources[0].path, at));
+            }
+            bytes += compared;
+        }
+        Ok(bytes)
     }
 
     /// Gives the files their names. Where that fails, all of them go again.

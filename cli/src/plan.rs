@@ -250,7 +250,9 @@ fn make(what: String, source: &Source, options: &Options) -> Result<Plan, Failur
         problems.push(format!("{what} is being moved already, by {job}"));
     }
     let bytes_to_copy = files.iter().map(|file| file.bytes_to_copy).sum();
-    let verified = if options.verify == "full" { source.holds_together } else { 0 };
+    // The parents by themselves, and then the disk.
+    let parents: u64 = files[1..].iter().map(|file| file.bytes_to_copy).sum();
+    let verified = if options.verify == "full" { source.holds_together + parents } else { 0 };
     Ok(Plan {
         what,
         source: files[0].source.clone(),

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use formats::{
-    Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, ErrorKind, Format, Image,
-    Layer, NewParentLink, OpenOptions,
+    AllocState, Comparison, CopyError, CopyOutcome, CopyProgress, CreateError, CreateOptions, ErrorKind,
+    Format, Image, Layer, NewParentLink, OpenOptions,
 };
 use indicatif::ProgressBar;
 use nix::errno::Errno;
@@ -283,6 +283,52 @@ pub(crate) fn compare(
         .map_err(|e| explain(e, a.path, b.path, cancel))
 }
 
+/// Compares what the newest layers of two images of one size have of their own, wherever either has something, as both
+/// read there. Where all below is the same, this makes sure of the rest. Returns the bytes compared and where the first
+/// piece that differs begins.
+pub(crate) fn compare_own(
+    a: Side<'_>,
+    b: Side<'_>,
+    cancel: &Cancel,
+    bar: &ProgressBar,
+    bandwidth: Option<u64>,
+) -> Result<(u64, Option<u64>), Failure> {
+    let (size, pace) = (a.image.geometry().virtual_size, Pace::new(cancel, bar, bandwidth));
+    let newest = |side: Side<'_>| side.image.as_chain().map(|chain| chain.layers()[0].clone());
+    let (own_a, own_b) = (newest(a), newest(b));
+    let (own_a, own_b) = (own_a.as_deref().unwrap_or(a.image), own_b.as_deref().unwrap_or(b.image));
+    let in_a = |e| explain(CopyError::Source(e), a.path, b.path, cancel);
+    let in_b = |e| explain(CopyError::Target(e), a.path, b.path, cancel);
+    let (mut left, mut right) = (vec![0; COMPARED_AT_ONCE], vec![0; COMPARED_AT_ONCE]);
+    let (mut at, mut compared) = (0, 0);
+    while at < size {
+        let extents = (own_a.next_extent(at).map_err(in_a)?, own_b.next_extent(at).map_err(in_b)?);
+        let (Some(held_a), Some(held_b)) = extents else { return Ok((compared, Some(at))) };
+        let mut len = held_a.span.len.min(held_b.span.len).min(size - at);
+        if (held_a.state, held_b.state) != (AllocState::Absent, AllocState::Absent) {
+            len = len.min(COMPARED_AT_ONCE as u64);
+            let part = len as usize;
+            formats::read_payload(a.image, at, &mut left[..part]).map_err(in_a)?;
+            formats::read_payload(b.image, at, &mut right[..part]).map_err(in_b)?;
+            if left[..part] != right[..part] {
+                return Ok((compared, Some(at)));
+            }
+            compared += len;
+        }
+        at += len;
+        let now = CopyProgress {
+            bytes_total: size,
+            bytes_done: at,
+            bytes_copied: compared,
+            bytes_zero: at - compared,
+        };
+        if pace.report(now).is_break() {
+            return Err(cancelled());
+        }
+    }
+    Ok((compared, None))
+}
+
 /// An open image and the name by which people know it.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Side<'a> {
@@ -291,6 +337,9 @@ pub(crate) struct Side<'a> {
     /// Its file.
     pub(crate) path: &'a Path,
 }
+
+/// What is read of each side at a time when layers are compared, in bytes.
+const COMPARED_AT_ONCE: usize = 1 << 20;
 
 /// Compares at most so many places of two disks.
 const SAMPLES: u64 = 4096;
@@ -323,4 +372,47 @@ pub(crate) fn compare_samples(
         compared += len as u64;
     }
     Ok((compared, None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A chain of two images in `dir`: the newest hides what the base has at its beginning.
+    fn chain(dir: &Path, base_has: u8) -> [Arc<dyn Image>; 2] {
+        let (base, child) = (dir.join("base.vhdx"), dir.join("child.vhdx"));
+        formats::create(&base, &CreateOptions::new(Format::Vhdx, 8 << 20)).expect("made");
+        let image = formats::open(&base, &OpenOptions::default()).expect("opens");
+        formats::write_payload(&*image, 4096, &[base_has; 512]).expect("written");
+        image.close().expect("closed");
+        drop(image);
+        formats::create(&child, &CreateOptions::on_parent(Format::Vhdx, &base)).expect("made");
+        let parents = vec![dir.to_owned()];
+        let options = OpenOptions { parents: parents.clone(), ..OpenOptions::default() };
+        let image = formats::open(&child, &options).expect("opens");
+        formats::write_payload(&*image, 0, &[7; 64 << 10]).expect("written");
+        image.close().expect("closed");
+        drop(image);
+        let options = OpenOptions { parents, ..OpenOptions::read_only() };
+        [base, child].map(|path| formats::open(path, &options).expect("opens"))
+    }
+
+    #[test]
+    fn what_a_child_hides_is_seen_to_differ_in_the_parents_alone() {
+        let dirs = [(); 3].map(|()| tempfile::tempdir().expect("a folder"));
+        let [one, same, other] = [0, 1, 2].map(|n| chain(dirs[n].path(), if n == 2 { 2 } else { 1 }));
+        let (cancel, bar) = (Cancel::default(), ProgressBar::hidden());
+        let compare = |a: &Arc<dyn Image>, b: &Arc<dyn Image>| {
+            let [a, b] = [a, b].map(|image| Side { image: &**image, path: Path::new("x") });
+            compare_own(a, b, &cancel, &bar, None).expect("compared")
+        };
+        for level in [0, 1] {
+            let (compared, difference) = compare(&one[level], &same[level]);
+            assert!((512..8 << 20).contains(&compared), "{compared}");
+            assert_eq!(difference, None);
+        }
+        assert!(compare(&one[0], &other[0]).1.is_some_and(|at| at <= 4096));
+        assert_eq!(compare(&one[1], &other[1]).1, None, "as a disk they are the same");
+        assert_eq!(compare(&one[0], &one[1]).1, Some(0));
+    }
 }
