@@ -12,6 +12,10 @@ use super::grow::{Growth, SlotGrid, Slots, sync};
 use super::layout::{Body, Shape};
 use super::table::BlockTable;
 
+/// A longer run of blocks that have no place is told in parts: a guest's discard asks what the parents have, and must not wait
+/// for all of their tables to be looked through.
+const ABSENT_RUN_MAX: u64 = 1 << 12;
+
 /// Slots that are ready, and how far blocks reach. Held for a write of four bytes at most, never across a sync.
 #[derive(Debug)]
 struct Ready {
@@ -350,7 +354,7 @@ impl Dynamic {
             None => {
                 // A block may get its place between the two looks at the table: then the run is its first sector,
                 // which was absent at the first look.
-                let run = self.table.absent_run(block, blocks);
+                let run = self.table.absent_run(block, blocks.min(block + ABSENT_RUN_MAX));
                 (AllocState::Absent, (run * block_size).saturating_sub(within).max(SECTOR))
             }
         };

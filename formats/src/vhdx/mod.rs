@@ -70,6 +70,9 @@ const HEADER_SECTION: u64 = MIB;
 /// The longest file: 256 TiB. Its space is a bitmap of one bit for each MiB, which must not exceed 32 MiB whatever a
 /// hostile log or a sparse file claims.
 const MAX_FILE_SIZE: u64 = 256 << 40;
+/// A run of one state that goes on for longer is told in parts, of so many blocks (or pages of the BAT that hold nothing) at
+/// the most: a guest's discard asks what its parents have, and must not wait for all of them to be looked through.
+const EXTENT_LOOKS_MAX: u32 = 64;
 
 /// An open VHDX.
 #[derive(Debug)]
@@ -529,7 +532,9 @@ impl Image for Vhdx {
         }
         let sector = u64::from(self.metadata.logical_sector);
         let (mut len, state) = self.extent_at(offset)?;
-        while offset + len < size {
+        let mut looks = 1;
+        while offset + len < size && looks < EXTENT_LOOKS_MAX {
+            looks += 1;
             let (more, next) = self.extent_at(offset + len)?;
             if next != state {
                 break;
