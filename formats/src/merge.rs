@@ -52,13 +52,20 @@ struct Taken {
 impl Drop for Taken {
     fn drop(&mut self) {
         let Some(before) = &self.before else { return };
-        if let (Some(taken), Some(file)) = (self.storage.file(), before.file()) {
-            let back = unlock(taken).map_err(LockError::Io).and_then(|()| lock(file, Lock::Shared));
-            if back.is_err() {
-                tracing::warn!("a parent could not be locked again after a merge");
-            }
+        if let (Some(taken), Some(file)) = (self.storage.file(), before.file())
+            && hand_over(taken, file).is_err()
+        {
+            tracing::warn!("a parent could not be locked again after a merge");
         }
     }
+}
+
+/// Has another opening of the file hold its shared lock. At no time is there none, since somebody else could take the file
+/// for writing then.
+fn hand_over(from: &File, to: &File) -> Result<(), LockError> {
+    lock(from, Lock::Shared)?;
+    lock(to, Lock::Shared)?;
+    unlock(from).map_err(LockError::Io)
 }
 
 /// Both sides of a merge: images that share the layers that they have in common.
@@ -98,8 +105,7 @@ impl MergeChain<'_> {
         // The very file, whatever its name leads to by now.
         let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd()));
         let file = file.map_err(refused)?;
-        unlock(held).map_err(refused)?;
-        let locked = lock(&file, Lock::Exclusive);
+        let locked = hand_over(held, &file).and_then(|()| lock(&file, Lock::Exclusive));
         let taken = Taken { storage: Arc::new(FileStorage::new(file)), before: Some(before) };
         match locked {
             Ok(()) => Ok(taken),
