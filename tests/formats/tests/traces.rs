@@ -19,8 +19,8 @@ use cross::{Disk, read_all};
 use formats::vhd::Vhd;
 use formats::vhdx::Vhdx;
 use formats::{
-    AllocState, CreateOptions, ErrorKind, FileStorage, Format, Image, ImageType, LayerOptions, OpenOptions,
-    RebaseOptions, ZeroMode,
+    AllocState, CreateOptions, ErrorKind, FileStorage, Format, Image, ImageType, LayerOptions, MergeChain,
+    MergeSides, OpenOptions, RebaseOptions, ZeroMode,
 };
 use formats_tests::{read_payload, write_payload, zero_payload};
 use rand::Rng;
@@ -36,6 +36,16 @@ struct Kind {
     format: Format,
     image_type: ImageType,
     sector: u32,
+}
+
+/// What becomes of a merge of a disk that is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum MergeEnd {
+    Complete,
+    /// Half way.
+    GivenUp,
+    /// Half way.
+    Death,
 }
 
 struct Trace {
@@ -123,15 +133,16 @@ impl Trace {
 
     fn step(&mut self) {
         match self.disk.rng.random_range(0..100) {
-            0..50 => self.write(),
-            50..58 => self.zero(ZeroMode::Keep),
-            58..68 => self.zero(ZeroMode::Unmap),
-            68..74 => self.flush(),
-            74..77 => self.maintain(),
-            77..82 => self.reopen(),
-            82..88 => self.die(),
-            88..91 => self.snapshot(),
-            91..93 => self.merge(),
+            0..44 => self.write(),
+            44..52 => self.zero(ZeroMode::Keep),
+            52..62 => self.zero(ZeroMode::Unmap),
+            62..68 => self.flush(),
+            68..71 => self.maintain(),
+            71..76 => self.reopen(),
+            76..82 => self.die(),
+            82..87 => self.snapshot(),
+            87..89 => self.merge(),
+            89..93 => self.merge_served(),
             93..95 => self.grow(),
             95..97 => self.shrink(),
             97..99 => self.compact(),
@@ -289,6 +300,88 @@ impl Trace {
         }
     }
 
+    /// The newest images are merged into the one below them while the disk is used, as the daemon does it.
+    fn merge_served(&mut self) {
+        let least = if self.kind.image_type == ImageType::Differencing { 3 } else { 2 };
+        if self.disk.chain.len() < least {
+            return;
+        }
+        let levels = self.disk.rng.random_range(1..=self.disk.chain.len() + 1 - least);
+        let size = self.disk.model.len() as u64;
+        let layers = self.disk.image().as_chain().unwrap().layers();
+        if layers[..=levels].iter().any(|layer| layer.geometry().virtual_size != size) {
+            return;
+        }
+        if self.chance(3) {
+            // The process dies half way, and its successor takes it up again.
+            self.merge_levels(levels, MergeEnd::Death);
+        }
+        let end = if self.chance(3) { MergeEnd::GivenUp } else { MergeEnd::Complete };
+        self.merge_levels(levels, end);
+    }
+
+    fn merge_levels(&mut self, levels: usize, end: MergeEnd) {
+        let size = self.disk.model.len() as u64;
+        let old = self.disk.image.take().unwrap();
+        let chain = old.as_chain().unwrap();
+        let (paths, notes) = (self.disk.chain.clone(), self.disk.notes_dir());
+        self.did(format!("merge {levels} into {}, open: {end:?}", paths[levels].display()));
+        let merge = MergeChain { chain, paths: &paths, levels, notes_dir: Some(&notes) };
+        let files = merge.take_files().unwrap();
+        old.close().unwrap();
+        let sides = merge.open(files).unwrap_or_else(|refused| panic!("{}", refused.error));
+        self.disk.image = Some(sides.chain.clone());
+        self.agree();
+        self.copy_beside_writes(&sides, levels, if end == MergeEnd::Complete { size } else { size / 2 });
+        match end {
+            MergeEnd::Complete => {
+                sides.target.commit().unwrap();
+                formats::remove_notes(&*sides.chain, &notes);
+                self.disk.image = Some(sides.target);
+                for path in self.disk.chain.drain(..levels) {
+                    std::fs::remove_file(path).unwrap();
+                }
+                self.merges += 1;
+            }
+            MergeEnd::GivenUp => {
+                sides.target.close().unwrap();
+                sides.chain.close().unwrap();
+                let chain = sides.chain.as_chain().unwrap();
+                self.disk.image = Some(MergeChain { chain, ..merge }.give_up().unwrap());
+            }
+            MergeEnd::Death => {
+                self.disk.image = None;
+                drop((sides, old));
+                self.open();
+            }
+        }
+        self.agree();
+    }
+
+    /// Writes what the newest images have to the target of a merge, and what the guest writes meanwhile to both.
+    fn copy_beside_writes(&mut self, sides: &MergeSides, levels: usize, end: u64) {
+        let chain = sides.chain.as_chain().unwrap();
+        let target = &*sides.target;
+        let mut at = 0;
+        while at < end {
+            let extent = chain.next_own_extent(levels, at).unwrap().unwrap();
+            let len = extent.span.len.min(MIB);
+            match extent.state {
+                AllocState::Absent => {}
+                AllocState::Zero => zero_payload(target, at, len, ZeroMode::Unmap).unwrap(),
+                AllocState::Data => {
+                    write_payload(target, at, &read_payload(chain, at, len as usize).unwrap()).unwrap();
+                }
+            }
+            at += len;
+            if self.chance(6) {
+                let (at, len) = self.disk.some_range(MIB);
+                self.disk.write(at, len);
+                write_payload(target, at, &self.disk.model[at as usize..(at + len) as usize]).unwrap();
+            }
+        }
+    }
+
     fn new_size(&mut self, from: u64, to: u64) -> u64 {
         let unit = if self.chance(2) { MIB } else { 4096 };
         self.disk.rng.random_range(from..=to) / unit * unit
@@ -320,25 +413,25 @@ impl Trace {
     fn shrink_to(&mut self, new: u64) {
         self.did(format!("shrink to {new:#x}"));
         match self.resize(new, true) {
-            Ok(()) => {
-                self.disk.model.truncate(new as usize);
-            }
-            // Zeroes that hide the parent's content may be what cannot be cut off.
-            Err(kind) => {
-                assert!(kind == ErrorKind::InvalidParameter && self.disk.chain.len() > 1, "{kind:?}");
+            Ok(()) => self.disk.model.truncate(new as usize),
+            // Who does not look at the parents has to take for granted that they hold something there.
+            Err((kind, looked)) => {
+                let unknown = !looked && self.disk.chain.len() > 1;
+                assert!(kind == ErrorKind::InvalidParameter && unknown, "{kind:?}");
                 self.did("  was refused");
             }
         }
         self.agree();
     }
 
-    fn resize(&mut self, new: u64, shrink: bool) -> Result<(), ErrorKind> {
+    /// An error says whether the parents were looked at.
+    fn resize(&mut self, new: u64, shrink: bool) -> Result<(), (ErrorKind, bool)> {
         self.disk.resized = true;
         if self.chance(2) {
             self.disk.close();
             let done = formats::resize_with_parents(self.disk.top(), None, new, shrink, &self.parents());
             self.open();
-            return done.map_err(|e| e.kind);
+            return done.map_err(|e| (e.kind, true));
         }
         // As the daemon does it, which never lets go of the file.
         let image = self.disk.image.take().unwrap();
@@ -346,7 +439,7 @@ impl Trace {
         let done = formats::resize_held(&*image, new, shrink);
         let notes = self.disk.notes_dir();
         self.disk.image = Some(formats::reopen(&*image, Some(&notes)).unwrap());
-        done.map_err(|e| e.kind)
+        done.map_err(|e| (e.kind, false))
     }
 
     /// Any image of the chain, the parents too: their content stays.
