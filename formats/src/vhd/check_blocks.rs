@@ -46,8 +46,10 @@ pub(super) fn look_at_blocks(exam: &mut Exam<'_>, found: &Found, known: &Known) 
 
 fn look_at_padding(exam: &mut Exam<'_>, known: &Known) -> Result<(), Fault> {
     let end = known.header.table_offset + u64::from(known.header.table_entries) * 4;
-    let mut rest = vec![0; (end.next_multiple_of(SECTOR) - end) as usize];
     let failed = |e| ImageError::io(format!("reading the end of the block table at {end}"), e);
+    // A file that was cut may end within that sector.
+    let to = end.next_multiple_of(SECTOR).min(exam.storage.len().map_err(failed)?);
+    let mut rest = vec![0; to.saturating_sub(end) as usize];
     exam.storage.read_at(&mut rest, end).map_err(failed)?;
     if rest.iter().any(|&b| b != 0xff) {
         let message = "the rest of the table's last sector is not all ones";

@@ -195,3 +195,15 @@ fn a_damaged_disk_is_not_promised_a_repair() {
     assert!(report.findings.iter().any(|f| f.code == "vhd-copy-bad"));
     assert_eq!(sim.contents().fingerprint(), before);
 }
+
+/// A file may be cut anywhere, within the padding of its block table too.
+#[test]
+fn a_file_that_ends_within_the_padding_of_its_table_is_reported_on() {
+    let whole = empty(Dynamic, 5 * BLOCK);
+    for len in (1536 + 5 * 4..2048).step_by(17) {
+        let mut disk = whole.clone();
+        disk.set_len(len);
+        let found = codes(disk);
+        assert!(found.iter().any(|(code, _)| code == "vhd-footer-missing"), "{len}: {found:?}");
+    }
+}
