@@ -56,7 +56,7 @@ pub use image::{
 pub use info::{ImageInfo, ImageState, ParentInfo, info, info_with_parents};
 pub use layers::{make_layer, on_parents};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
-pub use merge::{MergeChain, MergeFiles, MergeRefused, MergeSides};
+pub use merge::{MergeChain, MergeFiles, MergeRefused, MergeSides, ReadAlone, read_alone};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
 pub use rebase::{RebaseOptions, Rebased, rebase};
 pub use resize::{CompactOutcome, compact, resize, resize_with_parents};

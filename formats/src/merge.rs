@@ -49,6 +49,19 @@ struct Taken {
     before: Option<Arc<dyn Storage>>,
 }
 
+impl Taken {
+    fn from(before: &Arc<dyn Storage>) -> Result<Self, LockError> {
+        let held = file_of(before).map_err(LockError::Io)?;
+        // The very file, whatever its name leads to by now.
+        let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd()));
+        let file = file.map_err(LockError::Io)?;
+        let locked = hand_over(held, &file).and_then(|()| lock(&file, Lock::Exclusive));
+        // Gives the lock back where that was refused.
+        let taken = Self { storage: Arc::new(FileStorage::new(file)), before: Some(before.clone()) };
+        locked.map(|()| taken)
+    }
+}
+
 impl Drop for Taken {
     fn drop(&mut self) {
         let Some(before) = &self.before else { return };
@@ -66,6 +79,23 @@ fn hand_over(from: &File, to: &File) -> Result<(), LockError> {
     lock(from, Lock::Shared)?;
     lock(to, Lock::Shared)?;
     unlock(from).map_err(LockError::Io)
+}
+
+/// A parent that nobody else reads for as long as this lives.
+#[derive(Debug)]
+pub struct ReadAlone {
+    _held: Taken,
+}
+
+/// Keeps everybody else from a file that is open for reading here, as the parent of an image, and locked for that.
+///
+/// # Errors
+/// [`ErrorKind::Locked`] when somebody else reads it too; [`ErrorKind::Io`] when it cannot be opened for writing or locked.
+pub fn read_alone(storage: &Arc<dyn Storage>) -> Result<ReadAlone, ImageError> {
+    Taken::from(storage).map(|held| ReadAlone { _held: held }).map_err(|e| match e {
+        LockError::Io(e) => ImageError::io("locking a parent", e),
+        LockError::Held => ImageError::new(ErrorKind::Locked, "the parent is read by somebody else"),
+    })
 }
 
 /// Both sides of a merge: images that share the layers that they have in common.
@@ -99,24 +129,15 @@ impl MergeChain<'_> {
 
     fn take(&self, level: usize) -> Result<Taken, ImageError> {
         let path = self.paths[level].display();
-        let before = self.chain.files()[level].clone();
-        let refused = |e| ImageError::io(format!("{path} cannot be opened for writing"), e);
-        let held = file_of(&before).map_err(refused)?;
-        // The very file, whatever its name leads to by now.
-        let file = File::options().read(true).write(true).open(format!("/proc/self/fd/{}", held.as_raw_fd()));
-        let file = file.map_err(refused)?;
-        let locked = hand_over(held, &file).and_then(|()| lock(&file, Lock::Exclusive));
-        let taken = Taken { storage: Arc::new(FileStorage::new(file)), before: Some(before) };
-        match locked {
-            Ok(()) => Ok(taken),
-            Err(LockError::Io(e)) => Err(ImageError::io(format!("locking {path}"), e)),
-            Err(LockError::Held) => Err(ImageError::new(
+        Taken::from(&self.chain.files()[level]).map_err(|e| match e {
+            LockError::Io(e) => ImageError::io(format!("{path} cannot be opened for writing"), e),
+            LockError::Held => ImageError::new(
                 ErrorKind::Locked,
                 format!(
                     "{path} is read by somebody else, perhaps as the parent of another disk: a merge would change it"
                 ),
-            )),
-        }
+            ),
+        })
     }
 
     /// Opens the chain with a parent that can be written to. The newest image was closed, and nothing uses the chain; what it
@@ -153,19 +174,29 @@ impl MergeChain<'_> {
     }
 
     /// After a merge that was given up: the parent, which was closed, is read only from now on, and its child knows it by the
-    /// id that it has now. The newest image was closed, and nothing uses the chain, which is that of [`MergeSides`].
+    /// id that it has now. The newest image was closed, and nothing uses the chain, which is that of [`MergeSides`]. Where
+    /// the child cannot be told, it goes on naming both ids, one of which is the right one.
     ///
     /// # Errors
-    /// What the files say.
+    /// What opening the newest image anew says.
     pub fn give_up(&self) -> Result<Arc<dyn Image>, ImageError> {
         let target = self.chain.layers()[self.levels].clone();
+        if let Err(e) = self.relink_to(&target) {
+            let child = self.paths[self.levels - 1].display();
+            tracing::warn!("{child} goes on naming both ids of its parent: {e}");
+        }
+        let file = file_of(&target.files()[0]).map_err(LockError::Io);
+        if file.and_then(|file| lock(file, Lock::Shared)).is_err() {
+            // Nobody else can read it then as long as this chain is open.
+            tracing::warn!("{} stays locked", self.paths[self.levels].display());
+        }
+        self.on(target)
+    }
+
+    fn relink_to(&self, target: &Arc<dyn Image>) -> Result<(), ImageError> {
         let child = if self.levels > 1 { Some(self.take(self.levels - 1)?) } else { None };
         let storage = child.as_ref().map_or(&self.chain.files()[0], |child| &child.storage);
-        self.relink(storage, target.content_id().unwrap_or_default(), None)?;
-        drop(child);
-        lock(file_of(&target.files()[0]).map_err(|e| ImageError::io("the parent", e))?, Lock::Shared)
-            .map_err(|_| ImageError::new(ErrorKind::Locked, "the parent's lock could not be shared again"))?;
-        self.on(target)
+        self.relink(storage, target.content_id().unwrap_or_default(), None)
     }
 
     /// Has the child of the target name these ids.
@@ -197,4 +228,46 @@ impl MergeChain<'_> {
 
 fn file_of(storage: &Arc<dyn Storage>) -> std::io::Result<&File> {
     storage.file().ok_or_else(|| std::io::Error::other("there is no file"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CreateOptions, Format, OpenOptions};
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn a_merge_is_given_up_also_when_somebody_reads_the_child_of_its_target() {
+        for format in [Format::Vhdx, Format::Vhd] {
+            let dir = std::env::temp_dir().join(format!("blockd-merge-{}", Uuid::new_v4()));
+            std::fs::create_dir(&dir).expect("made");
+            let paths: Vec<PathBuf> = (0..3).map(|n| dir.join(format!("{n}.{format}"))).collect();
+            crate::create(&paths[2], &CreateOptions::new(format, 16 * MIB)).expect("created");
+            let base = crate::open(&paths[2], &OpenOptions::default()).expect("opened");
+            base.begin_changes().and_then(|()| base.close()).expect("begun and closed");
+            drop(base);
+            for n in [1, 0] {
+                crate::create(&paths[n], &CreateOptions::on_parent(format, &paths[n + 1])).expect("created");
+            }
+            let options = OpenOptions { parents: paths[1..].to_vec(), ..OpenOptions::default() };
+            let image = crate::open(&paths[0], &options).expect("opened");
+            let chain = image.as_chain().expect("a chain");
+            let merge = MergeChain { chain, paths: &paths, levels: 2, notes_dir: None };
+            let files = merge.take_files().expect("taken");
+            image.close().expect("closed");
+            let sides = merge.open(files).expect("begun");
+            drop(image);
+            let reader = File::open(&paths[1]).expect("opened");
+            lock(&reader, Lock::Shared).expect("locked");
+            sides.chain.close().and_then(|()| sides.target.close()).expect("closed");
+            let chain = sides.chain.as_chain().expect("a chain");
+            let merge = MergeChain { chain, paths: &paths, levels: 2, notes_dir: None };
+            let again = merge.give_up().expect("the disk goes on");
+            again.begin_changes().and_then(|()| again.close()).expect("begun and closed");
+            drop((again, sides, reader));
+            crate::open(&paths[0], &options).expect("the chain is still one");
+            std::fs::remove_dir_all(&dir).expect("removed");
+        }
+    }
 }
