@@ -126,18 +126,33 @@ fn finish_move(
 ) -> Vec<Record> {
     let mut done = Vec::new();
     let mut files = plan.target_files();
+    let mut is_away = false;
     for (from, to) in plan.made_files().into_iter().filter(|_| finish) {
         if let Err(e) = rename_durably(&from, &to) {
             tracing::error!(job = plan.job, "{} cannot become {}: {e}", from.display(), to.display());
+            if !from.exists() {
+                is_away = true;
+                continue;
+            }
             // Under the name that it has, it is a file of the disk.
             files.iter_mut().filter(|file| **file == to).for_each(|file| file.clone_from(&from));
         }
     }
+    is_away |= delete_source && files.iter().any(|file| !file.exists());
     let image = NewImage { files, format: plan.format, generation: plan.generation + 1 };
     recovered.images.insert(plan.disk.clone(), image.clone());
     // Before the journal says that there is nothing left to do: from then on the disk's record alone counts.
     if let Err(e) = adopt(&plan.disk, &image) {
         tracing::error!(job = plan.job, disk = plan.disk, "the disk's record cannot be written: {e}");
+        return done;
+    }
+    if is_away {
+        // Its storage may not be mounted yet. It gets its name at a start that finds it, and the source is all there is till then.
+        tracing::error!(
+            job = plan.job,
+            disk = plan.disk,
+            "the target is not there, so the source is not deleted"
+        );
         return done;
     }
     if finish {
