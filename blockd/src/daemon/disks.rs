@@ -8,7 +8,7 @@ use blockd_api::{AttachRequest, DiskInfo, LatencyInfo};
 
 use super::error::{DaemonError, Kind};
 use super::state::DiskRecord;
-use super::{Daemon, lock, names};
+use super::{Daemon, lock, names, plan};
 use crate::disk::{Disk, DiskEvent, DiskEvents, DiskSpec};
 
 /// How long a detach waits for a front end that has just let go.
@@ -26,6 +26,15 @@ pub(super) enum Slot {
     Broken(Broken),
     /// Somebody is at it: the word says what is being done.
     Taken(DiskSpec, &'static str),
+}
+
+/// The files of a disk's chain.
+#[derive(Debug)]
+pub(super) enum Needs {
+    /// Exactly these.
+    These(Vec<PathBuf>),
+    /// It is not served, so its parents may be any that are named or in the folders that are; and a remark on that.
+    Perhaps(DiskSpec, &'static str),
 }
 
 /// A disk that can't be served.
@@ -189,6 +198,21 @@ impl Broken {
     }
 }
 
+impl Needs {
+    /// Whether the file is among them; what else is to be said of the disk then.
+    pub(super) fn include(&self, file: &Path) -> Option<&'static str> {
+        match self {
+            Self::These(paths) => paths.iter().any(|path| plan::same_file(path, file)).then_some(""),
+            Self::Perhaps(spec, told) => {
+                let real = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+                let is_below = |folder: &Path| folder.canonicalize().is_ok_and(|f| real.starts_with(f));
+                let may_be = |parent: &PathBuf| plan::same_file(parent, file) || is_below(parent);
+                (plan::same_file(&spec.image, file) || spec.parents.iter().any(may_be)).then_some(*told)
+            }
+        }
+    }
+}
+
 impl Claim {
     fn busy(&self, disk: &str) -> DaemonError {
         match self {
@@ -213,6 +237,18 @@ impl Drop for Act {
 }
 
 impl Slot {
+    /// What files it needs, as far as that is known.
+    pub(super) fn needs(&self) -> Needs {
+        match self {
+            Self::Served(served) => Needs::These(served.disk.image().paths()),
+            Self::Broken(broken) => broken.record.as_ref().map_or_else(
+                || Needs::These(Vec::new()),
+                |record| Needs::Perhaps(record.serve(), " (not served now; detach it if it is given up)"),
+            ),
+            Self::Taken(spec, _) => Needs::Perhaps(spec.clone(), ""),
+        }
+    }
+
     /// Socket and image that it holds or wants.
     fn holds(&self) -> Option<(PathBuf, PathBuf)> {
         match self {

@@ -245,15 +245,14 @@ impl Daemon {
         Ok(self.launch(hold, plan)?.job())
     }
 
-    /// Which disk but this one has the file in its chain.
+    /// Which disk but this one has the file in its chain, or may have it there when it is served.
     fn user_of(&self, file: &Path, but: &str) -> Option<String> {
-        let others = self.served().into_iter().filter(|served| served.id() != but);
-        let uses = |served: &Arc<Served>| {
-            let handle = served.disk.shared().route.load().source().clone();
-            handle.paths().iter().any(|path| plan::same_file(path, file))
-        };
-        let user = others.into_iter().find(uses);
-        user.map(|served| format!("disk {}", served.id()))
+        // Files are looked at without the lock: their storage may hang.
+        let needs: Vec<_> = self.disks().iter().map(|(id, slot)| (id.clone(), slot.needs())).collect();
+        needs.into_iter().filter(|(id, _)| id != but).find_map(|(id, needs)| {
+            let told = needs.include(file)?;
+            Some(format!("disk {id}{told}"))
+        })
     }
 
     /// Starts a move again that the last run of the daemon left unfinished.

@@ -9,7 +9,7 @@ use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use blockd_api::Receipt;
-use formats::AllocState;
+use formats::{AllocState, ErrorKind, ReadAlone};
 use mirror::{Action, Event, JobState, Record, Route};
 use roaring::RoaringBitmap;
 use sha2::{Digest, Sha256};
@@ -67,9 +67,10 @@ pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
 
 /// Gives the space of a file that has no name any more back, a piece at a time: a file system that frees gigabytes at once
 /// can make everybody else wait for it, the guest of the moved disk first. What is left when the process ends, the kernel
-/// frees. A file that still has another name belongs to whoever gave it that: it is left alone.
-fn free_slowly(image: Arc<ImageHandle>, level: usize) {
+/// frees. A file that still has another name belongs to whoever gave it that: it is left alone. `alone` keeps those off who have opened a parent and wait for its lock: it must not be cut under them.
+fn free_slowly(image: Arc<ImageHandle>, level: usize, alone: Option<ReadAlone>) {
     let thread = std::thread::Builder::new().name("free-source".into()).spawn(move || {
+        let _alone = alone;
         let storage = &image.image().files()[level];
         let Some(file) = storage.file() else { return };
         let mut len = storage.len().unwrap_or(0);
@@ -132,10 +133,9 @@ impl Control {
         state.is_running = false;
         let failed = match outcome {
             Ok(()) => {
-                let paused = state.is_paused;
-                drop(state);
+                // Under the lock of the preparation: what is said meanwhile finds a machine that has begun.
                 this.shared.apply(Event::Start);
-                if paused {
+                if state.is_paused {
                     this.shared.apply(Event::Pause);
                 }
                 return;
@@ -221,6 +221,9 @@ impl Control {
         if image.image().is_read_only() {
             return;
         }
+        // Not beside maintenance that began while it was still in use, and never again after this.
+        let mut given_up = image.without_upkeep();
+        *given_up = true;
         if let Err(e) = image.image().close() {
             tracing::warn!(job = self.this.plan.job, image = %image.path().display(), "not closed cleanly: {e}");
         }
@@ -292,20 +295,30 @@ impl Control {
     fn delete_sources(&self) -> Result<(), String> {
         let (plan, source) = (&self.this.plan, self.this.shared.source());
         for (level, path) in plan.source_files().iter().enumerate() {
-            if level > 0
-                && let Some(user) = (self.this.hooks.used_by)(path)
-            {
-                tracing::warn!(
-                    job = plan.job,
-                    "the parent {} is not deleted: {user} uses it",
-                    path.display()
-                );
-                self.this.outcome().parents_kept = true;
-                continue;
+            // Held from here on, so that nobody comes to read it meanwhile.
+            let mut alone = None;
+            if level > 0 {
+                let user = (self.this.hooks.used_by)(path).or_else(|| {
+                    match formats::read_alone(&source.image().files()[level]) {
+                        Ok(held) => {
+                            alone = Some(held);
+                            None
+                        }
+                        Err(e) if e.kind == ErrorKind::Locked => Some("somebody else".into()),
+                        // Where it cannot be locked it cannot be known.
+                        Err(e) => Some(format!("perhaps somebody else ({e})")),
+                    }
+                });
+                if let Some(user) = user {
+                    let path = path.display();
+                    tracing::warn!(job = plan.job, "the parent {path} is not deleted: {user} uses it");
+                    self.this.outcome().parents_kept = true;
+                    continue;
+                }
             }
             let file = &source.files()[level];
             text(remove_source(path, file), || path.display().to_string())?;
-            free_slowly(source.clone(), level);
+            free_slowly(source.clone(), level, alone);
         }
         Ok(())
     }
@@ -314,7 +327,7 @@ impl Control {
     fn discard_target(&self) -> Result<(), String> {
         let plan = &self.this.plan;
         if matches!(plan.layering, Layering::Merge(_)) {
-            return merging::give_up(&self.disk, plan);
+            return merging::give_up(&self.disk, plan, self.this.shared.target());
         }
         for (temporary, _) in plan.made_files().iter().rev() {
             text(remove_durably(temporary), || temporary.display().to_string())?;

@@ -86,6 +86,11 @@ impl JournalFile {
         Ok(())
     }
 
+    /// The next record is the first one: nothing that was recorded before counts any more.
+    pub fn begin_anew(&mut self) {
+        self.len = 0;
+    }
+
     /// Removes the journal of a move that never began. That of a move which was to begin again stays: the next start of
     /// the daemon may have more luck.
     pub fn discard(self) {

@@ -275,6 +275,8 @@ impl Move {
         config.check().map_err(|e| DiskError::new(ErrorKind::InvalidParameter, e.to_string()))?;
         // The plan comes first: whatever a crash leaves of the target is found by it.
         let mut journal = JournalFile::open(moves_dir, &plan.job)?;
+        // A move that begins again does so from the start, perhaps on a disk that has another size by now.
+        journal.begin_anew();
         let sides = journal
             .append(&mirror::Record::plan(&config))
             .map_err(|e| DiskError::new(ErrorKind::Io, format!("the journal cannot be written: {e}")))
@@ -315,7 +317,7 @@ impl Move {
             Err(e) => {
                 // The target goes first, so that nothing is left that no journal knows of.
                 match this.plan.layering {
-                    Layering::Merge(_) => drop(merging::give_up(&disk, &this.plan)),
+                    Layering::Merge(_) => drop(merging::give_up(&disk, &this.plan, this.shared.target())),
                     _ => remove_made_files(&this.plan),
                 }
                 journal.discard();
