@@ -139,7 +139,6 @@ impl Vhdx {
     ) -> Result<(), ImageError> {
         let place = loop {
             let entry = self.bat.block(block)?;
-            let file = |offset| Place::File { file: FileIndex::TOP, offset };
             break match (entry.state(), entry.data_offset()) {
                 (state::PARTIALLY_PRESENT, Some(offset)) => {
                     let sector = self.sector();
@@ -148,9 +147,13 @@ impl Vhdx {
                     let mut settled = None;
                     let pieces = out.apart(|out| {
                         let mut push = |sectors: u64, own: bool| {
-                            let place = if own { file(at) } else { Place::Parent };
-                            out.push(Piece { len: sectors * sector, place });
-                            at += sectors * sector;
+                            let len = sectors * sector;
+                            if own {
+                                self.push_payload(at, len, out);
+                            } else {
+                                out.push(Piece { len, place: Place::Parent });
+                            }
+                            at += len;
                         };
                         settled = self.runs(diff, (block, entry), (first, len / sector), &mut push)?;
                         Ok::<(), ImageError>(())
@@ -164,7 +167,10 @@ impl Vhdx {
                     }
                     return Ok(());
                 }
-                (_, Some(offset)) => file(offset + within),
+                (_, Some(offset)) => {
+                    self.push_payload(offset + within, len, out);
+                    return Ok(());
+                }
                 (state::NOT_PRESENT, _) => Place::Parent,
                 _ => Place::Zero,
             };

@@ -78,6 +78,9 @@ const EXTENT_LOOKS_MAX: u32 = 64;
 #[derive(Debug)]
 pub struct Vhdx {
     files: Vec<Arc<dyn Storage>>,
+    /// What lies behind this byte of the file reads as zeroes: a power cut has lost an extension of the file that the log,
+    /// which is replayed in memory, knows of. Else all of it is there.
+    payload_end: u64,
     storage: Arc<dyn Storage>,
     read_only: bool,
     metadata: Metadata,
@@ -238,8 +241,10 @@ impl Vhdx {
                 parsed = strict(&storage)?;
             }
         }
-        let payload = if parsed.log_reaches_payload() { parsed.view.clone() } else { storage.clone() };
+        let reaches_payload = parsed.log_reaches_payload();
+        let payload = if reaches_payload { parsed.view.clone() } else { storage.clone() };
         let facts = Facts::of(&storage, &parsed, was_dirty)?;
+        let payload_end = parsed.payload_end()?;
         let Parsed { headers, metadata, table, census, space, view, locator, .. } = parsed;
         let file_len = storage.len().map_err(|e| ImageError::io("reading the size of the file", e))?;
         let diff = own.zip(locator).map(|(own, locator)| Differences {
@@ -249,6 +254,7 @@ impl Vhdx {
         });
         let image = Self {
             files: vec![payload],
+            payload_end: if reaches_payload { u64::MAX } else { payload_end },
             bat: Bat::new(view, table, &census),
             diff,
             storage,
@@ -318,6 +324,13 @@ impl Vhdx {
             Some((from, to)) if from <= start => (to.min(start + len) - start, AllocState::Data),
             Some((from, _)) => (from - start, AllocState::Zero),
         })
+    }
+
+    /// Appends a part of the file that is to be read.
+    fn push_payload(&self, offset: u64, len: u64, out: &mut Pieces) {
+        let there = self.payload_end.saturating_sub(offset).min(len);
+        out.push(Piece { len: there, place: Place::File { file: FileIndex::TOP, offset } });
+        out.push(Piece { len: len - there, place: Place::Zero });
     }
 
     fn block_place(&self, block: u64) -> Result<Option<u64>, ImageError> {
@@ -426,11 +439,10 @@ impl Image for Vhdx {
                 .for_each_block(at, |block, within, len| self.read_block(diff, (block, within, len), out));
         }
         self.for_each_block(at, |block, within, len| {
-            let place = match self.block_place(block)? {
-                Some(offset) => Place::File { file: FileIndex::TOP, offset: offset + within },
-                None => Place::Zero,
-            };
-            out.push(Piece { len, place });
+            match self.block_place(block)? {
+                Some(offset) => self.push_payload(offset + within, len, out),
+                None => out.push(Piece { len, place: Place::Zero }),
+            }
             Ok(())
         })
     }

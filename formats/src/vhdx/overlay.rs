@@ -80,9 +80,14 @@ impl Overlay {
         })
     }
 
-    /// Whether the file is longer once the log is replayed.
-    pub(super) fn extends(&self) -> bool {
-        self.inner.len().is_ok_and(|len| len < self.len)
+    /// Whether the file is longer once the log is replayed, and its old end lies within a sector of a disk.
+    pub(super) fn extends_within_sector(&self) -> bool {
+        self.inner.len().is_ok_and(|len| len < self.len && !len.is_multiple_of(SECTOR_LEN))
+    }
+
+    /// The length of the file as it is.
+    pub(super) fn inner_len(&self) -> Result<u64, ImageError> {
+        self.inner.len().map_err(|e| ImageError::io("reading the size of the file", e))
     }
 
     fn first_over(&self, from: u64, to: u64) -> Option<(u64, Patch)> {

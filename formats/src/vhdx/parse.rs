@@ -141,7 +141,8 @@ fn reserve(header: &Header, regions: &Regions, file_len: u64, issue: OnIssue<'_>
 }
 
 impl Parsed {
-    /// Whether the log changes what is not metadata, or extends the file: then payload too has to be read through it.
+    /// Whether the log changes what is not metadata: then payload too has to be read through it. So it has where the log
+    /// extends a file that does not end on a sector.
     pub(super) fn log_reaches_payload(&self) -> bool {
         let Some(overlay) = &self.overlay else { return false };
         let tables = (TABLE_OFFSETS[0], TABLE_OFFSETS[1] + TABLE_SIZE as u64);
@@ -149,6 +150,14 @@ impl Parsed {
         let bitmaps = self.census.bitmaps.iter().map(|unit| (unit * MIB, (unit + 1) * MIB));
         let mut metadata: Vec<(u64, u64)> = std::iter::once(tables).chain(regions).chain(bitmaps).collect();
         metadata.sort_unstable();
-        overlay.extends() || overlay.touches_outside(&metadata)
+        overlay.touches_outside(&metadata) || overlay.extends_within_sector()
+    }
+
+    /// Where the payload that is in the file ends, if replaying the log would extend the file by zeroes.
+    pub(super) fn payload_end(&self) -> Result<u64, ImageError> {
+        match &self.overlay {
+            Some(overlay) => overlay.inner_len(),
+            None => Ok(u64::MAX),
+        }
     }
 }

@@ -194,3 +194,27 @@ fn a_merge_into_a_parent_that_others_read_is_refused_and_changes_nothing() {
     open(&folder.paths[1], &OpenOptions::read_only()).unwrap();
     check(&*image, 2);
 }
+
+#[test]
+fn a_power_cut_that_loses_the_growth_of_a_merges_target_leaves_a_chain_that_opens() {
+    let folder = Folder::new(Format::Vhdx, 2);
+    let notes = folder.dir.path().join("notes");
+    let image = folder.open();
+    let before = std::fs::metadata(&folder.paths[1]).unwrap().len();
+    let chain = image.as_chain().unwrap();
+    let merge = MergeChain { chain, paths: &folder.paths, levels: 1, notes_dir: Some(&notes) };
+    let files = merge.take_files().unwrap();
+    image.close().unwrap();
+    let sides = merge.open(files).unwrap();
+    // A block that the target has not, so its file grows; nothing is synced after that.
+    write_payload(&*sides.target, 7 * MIB, &[1; 4096]).unwrap();
+    drop((sides, image));
+    // The log reached the disk, the new size did not.
+    let base = std::fs::File::options().write(true).open(&folder.paths[1]).unwrap();
+    assert!(base.metadata().unwrap().len() > before);
+    base.set_len(before).unwrap();
+    drop(base);
+    let image = folder.open();
+    check(&*image, 2);
+    assert!(image.files().iter().all(|file| file.file().is_some()), "it can be served");
+}
