@@ -117,10 +117,14 @@ fn has_content(image: &dyn Image, row: &[String]) -> bool {
     match row.get(8).filter(|hash| !hash.is_empty()) {
         Some(sparse) => corpus::sparse64k_of(image) == *sparse,
         None if image.geometry().virtual_size > 16 << 30 => {
-            let end = image.geometry().virtual_size;
-            image.next_extent(0).unwrap().is_some_and(|extent| {
-                extent.state != AllocState::Data && extent.span.len == end && row[9].contains("all zero")
-            })
+            let mut at = 0;
+            while let Some(extent) = image.next_extent(at).unwrap() {
+                if extent.state == AllocState::Data {
+                    return false;
+                }
+                at += extent.span.len;
+            }
+            at == image.geometry().virtual_size && row[9].contains("all zero")
         }
         None => corpus::sha256_of(image) == row[7],
     }
