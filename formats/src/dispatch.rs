@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use crate::raw;
 use crate::vhd::{self, Vhd};
 use crate::vhdx::{self, Vhdx};
@@ -103,6 +105,19 @@ pub(crate) fn resize(
         Format::Raw => raw::resize(&**storage, new_size, shrink),
         Format::Vhd => vhd::resize(storage, new_size, shrink),
         Format::Vhdx => vhdx::resize(storage, new_size, shrink),
+    }
+}
+
+/// Makes the disk in `storage` larger; its content has this id then, where a format changes it with the content.
+pub(crate) fn grow_as(
+    format: Format,
+    storage: &Arc<dyn Storage>,
+    new_size: u64,
+    content_id: Uuid,
+) -> Result<(), ImageError> {
+    match format {
+        Format::Vhdx => vhdx::grow_as(storage, new_size, content_id),
+        Format::Raw | Format::Vhd => resize(format, storage, new_size, false),
     }
 }
 

@@ -140,8 +140,9 @@ impl MergeChain<'_> {
         })
     }
 
-    /// Opens the chain with a parent that can be written to. The newest image was closed, and nothing uses the chain; what it
-    /// was is not to be used any more, whatever is answered.
+    /// Opens the chain with a parent that can be written to, which is made as large as the disk where it is smaller. One that
+    /// is larger is not to be merged into: what it has beyond the disk would come to light. The newest image was closed, and
+    /// nothing uses the chain; what it was is not to be used any more, whatever is answered.
     ///
     /// # Errors
     /// What the files say; the chain is opened again as it was.
@@ -160,6 +161,11 @@ impl MergeChain<'_> {
         let next_id = Uuid::new_v4();
         let child = files.child.as_ref().map_or(&self.chain.files()[0], |child| &child.storage);
         self.relink(child, target.content_id().unwrap_or_default(), Some(next_id))?;
+        let size = self.chain.geometry().virtual_size;
+        if target.geometry().virtual_size < size {
+            // The disk has grown since it was based on this image. What is new there is hidden by zeroes until then.
+            dispatch::grow_as(target.format(), &files.target.storage, size, next_id)?;
+        }
         let notes = self.notes(&files.target.storage)?;
         let options = LayerOptions { next_content_id: Some(next_id), notes, ..LayerOptions::default() };
         let layer = dispatch::open_layer(target.format(), files.target.storage.clone(), &options)?;

@@ -233,6 +233,8 @@ impl Sides {
             }
             Layering::Merge(merge) => {
                 let Merging { source, target } = merging::begin(disk, plan, merge)?;
+                let sizes = [&source, &target].map(|image| image.image().geometry().virtual_size);
+                assert_eq!(sizes[0], sizes[1], "a parent that is smaller was made as large as the disk");
                 return Ok(Self { source, target, copies: Vec::new() });
             }
         };

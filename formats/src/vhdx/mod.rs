@@ -52,7 +52,7 @@ pub use corruption::Corruption;
 pub use create::{CreateParams, create};
 pub use guid::Guid;
 pub use relink::relink;
-pub use resize::{ParentIsZero, resize, resize_over};
+pub use resize::{ParentIsZero, grow_as, resize, resize_over};
 
 use bat::{Bat, state};
 use bitmap::Bitmaps;

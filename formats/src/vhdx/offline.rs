@@ -31,8 +31,8 @@ pub(super) const CHUNK: u64 = 1 << 20;
 /// Whether what the disk is, or what a child of it would read, changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Content {
-    /// It does, and the content gets a new id (2.2.2, DataWriteGuid).
-    Changes,
+    /// It does, and the content gets this id (2.2.2, DataWriteGuid).
+    Changes(Guid),
     /// Only the file's layout does.
     Stays,
 }
@@ -114,11 +114,10 @@ impl Offline {
         sync(&*self.storage)?;
         log.append(&*self.storage, self.event, self.file_len / MIB * MIB, self.end, &[])?;
         sync(&*self.storage)?;
-        let data_write = Guid::random();
         self.parsed.headers.update_both(&*self.storage, |h| {
             h.log_guid = log_guid;
-            if content == Content::Changes {
-                h.data_write = data_write;
+            if let Content::Changes(id) = content {
+                h.data_write = id;
             }
         })?;
         self.log = Some(log);

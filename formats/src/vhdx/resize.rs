@@ -9,7 +9,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use uuid::Uuid;
+
 use super::bat::{BatEntry, PAGE_ENTRIES, state};
+use super::guid::Guid;
 use super::metadata::{BlockLayout, EntryOwner, Metadata, VIRTUAL_SIZE, valid_items};
 use super::offline::{CHUNK, Content, Offline, Pages, first_data, punch, read};
 use super::{MAX_VIRTUAL_SIZE, MIB, strict};
@@ -43,6 +46,25 @@ pub fn resize_over(
     shrink: bool,
     parent_is_zero: ParentIsZero<'_>,
 ) -> Result<(), ImageError> {
+    resize_as(storage, new_size, shrink, parent_is_zero, Guid::random())
+}
+
+/// Makes the disk larger, as [`resize`] does, and gives its content this id: what a child that is to be merged into it knows
+/// it by ([`crate::NewParentLink::next_id`]).
+///
+/// # Errors
+/// As [`resize`].
+pub fn grow_as(storage: &Arc<dyn Storage>, new_size: u64, content_id: Uuid) -> Result<(), ImageError> {
+    resize_as(storage, new_size, false, &|_| Ok(false), Guid(content_id.to_bytes_le()))
+}
+
+fn resize_as(
+    storage: &Arc<dyn Storage>,
+    new_size: u64,
+    shrink: bool,
+    parent_is_zero: ParentIsZero<'_>,
+    content_id: Guid,
+) -> Result<(), ImageError> {
     if strict(storage)?.is_unfinished() {
         // The notes of sectors are bound to the size.
         let message = "the image was not closed, and its last writes may not all be in it yet: let blockd serve it again, or \
@@ -70,6 +92,7 @@ pub fn resize_over(
         fixed: metadata.leave_allocated,
         sector: u64::from(sector),
         parent_is_zero,
+        content_id,
         image,
         pages: Pages::default(),
         entries: BTreeMap::new(),
@@ -100,6 +123,8 @@ struct Resize<'a> {
     fixed: bool,
     sector: u64,
     parent_is_zero: ParentIsZero<'a>,
+    /// Of the content from now on.
+    content_id: Guid,
     /// What the transaction changes.
     pages: Pages,
     /// Entries of the old table that change: raw, by their index.
@@ -116,7 +141,7 @@ impl Resize<'_> {
     // --- growing -----------------------------------------------------------------------------------------------------
 
     fn grow(mut self) -> Result<(), ImageError> {
-        self.image.begin(Content::Changes)?;
+        self.image.begin(Content::Changes(self.content_id))?;
         self.settle_tail()?;
         let needed = (self.new.entries * 8).next_multiple_of(MIB);
         let region = self.image.parsed.regions.bat;
@@ -327,7 +352,7 @@ impl Resize<'_> {
 
     fn shrink(mut self) -> Result<(), ImageError> {
         let dropped = self.look_for_data()?;
-        self.image.begin(Content::Changes)?;
+        self.image.begin(Content::Changes(self.content_id))?;
         let pages = self.table_pages();
         let logged = self.log_shared_pages(&pages)?;
         self.put_size()?;

@@ -8,7 +8,9 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use blockd_api::{DiskInfo, FilePlace, Job, MergeRequest, MoveRequest, SnapshotRequest};
+use blockd_api::{
+    DiskInfo, FilePlace, Job, MergeRequest, MoveRequest, ResizeRequest, Resized, SnapshotRequest,
+};
 use formats::{CreateOptions, Format, OpenOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -278,6 +280,36 @@ fn a_chain_moves_to_a_folder_in_either_format_and_stays_a_chain() {
         bench.done(&bench.merge(Some(&chain[2])));
         load.wait_requests(200, MINUTE).unwrap();
         bench.finish(load);
+    }
+}
+
+#[test]
+fn a_disk_that_has_grown_keeps_its_size_and_content_when_it_is_merged() {
+    if is_reference() {
+        return;
+    }
+    for kind in formats_with_chains() {
+        let (bench, load) = Bench::with_chain(kind, 3, 70);
+        let before = bench.chain();
+        let new_size = SIZE + (48 << 20);
+        let request = ResizeRequest { size_bytes: new_size, shrink: false };
+        let _: Resized = bench.daemon.call("POST", "/v1/disks/disk/resize", Some(&request)).unwrap();
+        load.wait_requests(300, MINUTE).unwrap();
+        // Beyond the end that the parents have.
+        let model = load.stop().unwrap().model;
+        let front = FrontEnd::start(&bench.daemon.socket("disk"), Options::default()).unwrap();
+        let options = LoadOptions { depth: 8, ..LoadOptions::new(71, new_size / 512) };
+        let mut beyond = VerifiedLoad::new(front, options).unwrap();
+        beyond.model = model.grown(new_size / 512);
+        beyond.run_requests(1500).unwrap();
+        let beyond = beyond.spawn();
+        bench.done(&bench.merge(None));
+        beyond.wait_requests(300, MINUTE).unwrap();
+        assert_eq!((bench.disk().size_bytes, bench.chain()), (new_size, before[1..].to_vec()));
+        bench.done(&bench.merge(None));
+        assert_eq!((bench.disk().size_bytes, bench.chain()), (new_size, before[2..].to_vec()));
+        beyond.wait_requests(300, MINUTE).unwrap();
+        beyond.stop().unwrap().verify_all().unwrap();
     }
 }
 
