@@ -179,6 +179,7 @@ impl Session {
         self.settle();
         self.file().set_fault(fault(bytes));
         let mut done = operation(self);
+        self.tell(|| format!("{what} {sizes:?}: {done:?}"));
         if done.is_err() && self.has_failed() {
             let power = bytes.byte();
             self.fail(bytes, power & 1 == 1);
@@ -219,7 +220,10 @@ impl Session {
         let size = image.geometry().virtual_size;
         assert!(sizes.contains(&size), "{size} bytes, which is none of {sizes:?}");
         if size != self.sectors * self.sector {
-            self.model.resized(size / SECTOR, self.is_differencing());
+            self.tell(|| {
+                format!("{} sectors are {} now", self.sectors * self.sector / SECTOR, size / SECTOR)
+            });
+            self.model.resized(size / SECTOR);
             self.sectors = size / self.sector;
         }
     }

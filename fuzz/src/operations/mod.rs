@@ -53,6 +53,8 @@ struct Session {
     model: Model,
     /// Sectors of the disk as the guest counts them.
     sectors: u64,
+    /// Whether to tell what is done.
+    tells: bool,
     /// Bytes of each.
     sector: u64,
     /// Sectors of a block.
@@ -73,6 +75,7 @@ impl Session {
             boot: 1,
             image,
             model: Model::default(),
+            tells: std::env::var_os("FUZZ_TELL").is_some(),
             sectors: 0,
             sector: 0,
             block: 0,
@@ -133,7 +136,15 @@ impl Session {
         self.notes.iter().for_each(|notes| notes.heal());
     }
 
+    /// Tells what happens, for whoever looks for a cause.
+    fn tell(&self, what: impl FnOnce() -> String) {
+        if self.tells {
+            eprintln!("layers {}, failed {}: {}", self.layers.len(), self.has_failed(), what());
+        }
+    }
+
     fn step(&mut self, bytes: &mut Bytes) {
+        self.tell(|| format!("operation {}, {} bytes left", bytes.0[0] % 36, bytes.0.len()));
         match bytes.byte() % 36 {
             0..9 => self.write(bytes, Until::Told),
             9 => self.write(bytes, Until::Mapped),
@@ -197,6 +208,9 @@ impl Session {
             payload::write(&*self.image, at.offset, &data, until, &self.fence())
         });
         let outcome = self.outcome("writing", done);
+        self.tell(|| {
+            format!("{until:?} {outcome:?} sectors {} and {} more", at.offset / SECTOR, at.len / SECTOR)
+        });
         match (until, outcome) {
             // A place alone changes nothing that is read; a failure may have come later.
             (Until::Mapped, _) => {}
@@ -238,6 +252,9 @@ impl Session {
             payload::zero(&*self.image, at, mode, punch, &self.fence())
         });
         let outcome = self.outcome("zeroing", done);
+        self.tell(|| {
+            format!("zero {mode:?} {outcome:?} sectors {} and {} more", at.offset / SECTOR, at.len / SECTOR)
+        });
         self.model.zeroed(at, outcome);
     }
 
@@ -339,6 +356,7 @@ impl Session {
     }
 
     fn fail(&mut self, bytes: &mut Bytes, power: bool) {
+        self.tell(|| if power { "the power fails".into() } else { "the daemon dies".into() });
         self.heal();
         if power {
             let (how, seed) = (bytes.byte(), bytes.byte());
@@ -359,6 +377,7 @@ impl Session {
             return;
         }
         let fault = Fault { after: u64::from(after % 48), lasting: what & 1 == 1, partial: what & 2 == 2 };
+        self.tell(|| format!("{fault:?} {what:#x}"));
         match &self.notes {
             Some(notes) if what & 0x30 == 0x30 => notes.set_fault(Some(fault)),
             _ => self.file().set_fault(Some(fault)),

@@ -92,8 +92,6 @@ pub(super) struct Model {
     sectors: BTreeMap<u64, Possible>,
     special: Vec<Sector>,
     changes: u64,
-    /// What lay beyond the end of a differencing disk when it was made smaller: the parent may still have it.
-    beyond: BTreeMap<u64, Possible>,
 }
 
 impl Model {
@@ -174,21 +172,14 @@ impl Model {
         self.sectors.values_mut().for_each(|sector| sector.now.clone_from(&sector.safe));
     }
 
-    /// Notes that the disk has this many sectors of 512 bytes now.
+    /// Notes that the disk has this many sectors of 512 bytes now. What is new reads as zeroes.
     ///
     /// # Panics
-    /// When content was cut off, and it is not a parent's.
-    pub(super) fn resized(&mut self, sectors: u64, differencing: bool) {
-        let cut = self.sectors.split_off(&sectors);
-        for (n, mut sector) in cut {
-            let data = sector.now.iter().any(|tag| tag != Tag::ZERO);
-            assert!(differencing || !data, "sector {n} was cut off with {:x?}", sector.now);
-            sector.now.add(Tag::ZERO);
-            sector.safe.clone_from(&sector.now);
-            self.beyond.insert(n, sector);
+    /// When content was cut off.
+    pub(super) fn resized(&mut self, sectors: u64) {
+        for (n, sector) in self.sectors.split_off(&sectors) {
+            assert!(sector.now.is(Tag::ZERO), "sector {n} was cut off with {:x?}", sector.now);
         }
-        let more = self.beyond.split_off(&sectors);
-        self.sectors.extend(std::mem::replace(&mut self.beyond, more));
     }
 
     /// Compares all of the disk, and takes what it holds for what it goes on to hold.
