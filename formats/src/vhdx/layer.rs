@@ -32,14 +32,16 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use super::bat::{BatEntry, PAGE_ENTRIES, state};
+use super::bat::{Bat, BatEntry, PAGE_ENTRIES, state};
 use super::bitmap::{BitSpan, Bitmaps, CHUNK_SECTORS, Edit};
+use super::log_entry::SECTOR;
 use super::log_writer::PAGES_MAX;
+use super::parse::Parsed;
 use super::session::{Changes, Inner};
 use super::{Vhdx, on_sectors};
 use crate::own::{OwnSectors, PAGE_SECTORS, PageBits, Wrote};
 use crate::{
-    AllocState, ByteSpan, ErrorKind, FileIndex, ImageError, Layer, ParentLink, Piece, Pieces, Place,
+    AllocState, ByteSpan, ErrorKind, FileIndex, ImageError, Layer, ParentLink, Piece, Pieces, Place, Storage,
     SyncToken, ZeroMode,
 };
 
@@ -498,6 +500,41 @@ impl Vhdx {
         }
         Ok(())
     }
+}
+
+/// Writes the bits of sectors that a killed process has noted in their places, durably. The log of the file was applied, so
+/// its payload is durable, and is still there; bits are only ever set, so any part of them may reach the disk.
+pub(super) fn bring_home(
+    storage: &Arc<dyn Storage>,
+    parsed: &Parsed,
+    noted: &[Range<u64>],
+) -> Result<(), ImageError> {
+    let bat = Bat::new(parsed.view.clone(), parsed.table, &parsed.census);
+    let bitmaps = Bitmaps::new(parsed.view.clone(), &parsed.metadata);
+    let per_block = bitmaps.block_sectors;
+    let sectors = parsed.metadata.virtual_size / u64::from(parsed.metadata.logical_sector);
+    let io = |e| ImageError::io("bringing home what a killed process has noted", e);
+    for range in noted {
+        let mut at = range.start;
+        while at < range.end {
+            let block = at / per_block;
+            let part = at..range.end.min((block + 1) * per_block);
+            at = part.end;
+            if bat.block(block)?.state() != state::PARTIALLY_PRESENT {
+                continue;
+            }
+            let Some(bitmap) = bat.bitmap_offset(block / bat.layout().chunk_ratio)? else { continue };
+            let of_block = per_block.min(sectors - block * per_block);
+            for span in bitmaps.spans(block, of_block, bitmap).filter(|span| span.touches(&part)) {
+                let mut page = [0; SECTOR];
+                storage.read_at(&mut page, span.page).map_err(io)?;
+                span.set(&mut page, &part);
+                let bytes = span.bytes();
+                storage.write_at(&page[bytes.clone()], span.page + bytes.start as u64).map_err(io)?;
+            }
+        }
+    }
+    storage.sync().map_err(io)
 }
 
 /// What came of recording a part.

@@ -192,10 +192,22 @@ fn strict(storage: &Arc<dyn Storage>) -> Result<Parsed, ImageError> {
 
 /// Replays the log into the file, under this FileWriteGuid, and leaves it without one (2.3.3).
 fn replay_as(file_write: Guid, storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
-    let Some(overlay) = parsed.overlay.take() else { return Ok(()) };
+    if parsed.overlay.is_none() {
+        return Ok(());
+    }
+    apply_log(file_write, storage, &mut parsed)?;
+    leave_log(storage, parsed)
+}
+
+/// The first half of a replay: everything that the log has is durable in its place, and the log is still there.
+fn apply_log(file_write: Guid, storage: &Arc<dyn Storage>, parsed: &mut Parsed) -> Result<(), ImageError> {
     // Before the file is changed in any way (2.2.2, FileWriteGuid).
     parsed.headers.update(&**storage, |h| h.file_write = file_write)?;
-    overlay.apply(&**storage)?;
+    parsed.overlay.as_ref().map_or(Ok(()), |overlay| overlay.apply(&**storage))
+}
+
+/// The second half: the file has no log.
+fn leave_log(storage: &Arc<dyn Storage>, mut parsed: Parsed) -> Result<(), ImageError> {
     parsed.headers.update_both(&**storage, |h| h.log_guid = Guid::ZERO)?;
     Ok(())
 }
@@ -236,7 +248,13 @@ impl Vhdx {
         if !options.read_only {
             parsed.headers.current.validate_for_writing()?;
             if was_dirty {
-                replay_as(ids.file_write, &storage, parsed)?;
+                apply_log(ids.file_write, &storage, &mut parsed)?;
+                if let Some(own) = own.as_ref().filter(|own| own.has_pending()) {
+                    // The log is what says that notes may count on this file. Without it nobody who changes the closed
+                    // file would know.
+                    layer::bring_home(&storage, &parsed, &own.recovered())?;
+                }
+                leave_log(&storage, parsed)?;
                 // The log may have changed anything: all of it is read again as it is now.
                 parsed = strict(&storage)?;
             }

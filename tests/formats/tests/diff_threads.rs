@@ -212,7 +212,7 @@ impl Round<'_> {
             let data: Vec<u8> =
                 (first..first + count).zip(&versions).flat_map(|(s, v)| bytes_of(s, *v)).collect();
             write_payload(self.image, first * SECTOR, &data).unwrap();
-            if epoch % 2 == 0 && self.epoch(first) == epoch {
+            if epoch.is_multiple_of(2) && self.epoch(first) == epoch {
                 for (sector, version) in (first..).zip(versions) {
                     self.state[sector as usize].store(pack(version, epoch), Ordering::SeqCst);
                 }
