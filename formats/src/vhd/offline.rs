@@ -66,7 +66,7 @@ impl<'a> Closed<'a> {
             ));
         };
         let batmap = match &body {
-            Some(body) => Batmap::find(storage, &body.header, at)?,
+            Some(body) => Batmap::find(storage, &body.header, at)?.filter(|map| is_alone(map, body)),
             None => None,
         };
         let disk = Self {
@@ -341,4 +341,12 @@ pub(super) fn clear_entries(disk: &Closed<'_>, blocks: &Blocks, from: u64) -> Re
 /// A refusal of a size that no VHD can have.
 pub(super) fn bad_size(c: &Corruption) -> ImageError {
     ImageError::new(ErrorKind::InvalidParameter, format!("VHD: {c}"))
+}
+/// Whether what claims to be blktap's map lies where no block and no path of the parent does. Else it is not moved, and
+/// nothing is cleared for it.
+fn is_alone(map: &Batmap, body: &Body) -> bool {
+    let ends_before = |start: u64, len: u64| map.end() <= start || start.saturating_add(len) <= map.header_at;
+    let blocks = body.table.iter().filter(|&&entry| entry != ABSENT);
+    blocks.map(|&entry| u64::from(entry) * SECTOR).all(|at| ends_before(at, body.shape.block_len()))
+        && body.header.locators.iter().all(|locator| ends_before(locator.offset, locator.len.into()))
 }

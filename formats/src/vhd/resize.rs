@@ -263,9 +263,16 @@ fn shrink_blocks(
         }
     }
     let gone: Vec<u32> = blocks.placed().filter(|&(block, _)| block >= first_gone).map(|(_, e)| e).collect();
-    clear_entries(disk, blocks, first_gone)?;
-    disk.sync()?;
-    disk.set_footer(disk.footer.with_size(new_size))?;
+    if disk.disk_type == DiskType::Differencing {
+        // A block without a place would show the parent as long as the disk reaches there: entries behind its end come after.
+        disk.set_footer(disk.footer.with_size(new_size))?;
+        clear_entries(disk, blocks, first_gone)?;
+        disk.sync()?;
+    } else {
+        clear_entries(disk, blocks, first_gone)?;
+        disk.sync()?;
+        disk.set_footer(disk.footer.with_size(new_size))?;
+    }
     cut_table(disk, blocks, u32::try_from(first_gone).expect("fewer than there are"))?;
     for entry in gone {
         let at = u64::from(entry) * SECTOR;
