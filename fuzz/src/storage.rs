@@ -103,7 +103,9 @@ impl Contents {
     pub fn next_data(&self, offset: u64) -> Option<(u64, u64)> {
         let mut pages = self.pages.range(offset / PAGE..).map(|(page, _)| *page);
         let first = pages.next()?;
-        let end = first + 1 + pages.zip(first + 1..).take_while(|(is, next)| is == next).count() as u64;
+        // In parts, since looking for the end of a long run again and again takes time in the square of its length.
+        let next = pages.zip(first + 1..first + 64).take_while(|(is, next)| is == next).count() as u64;
+        let end = first + 1 + next;
         let (start, end) = ((first * PAGE).max(offset), (end * PAGE).min(self.len));
         (start < end).then_some((start, end))
     }
