@@ -262,9 +262,16 @@ fn placed_by(
 ) -> Result<(Space, u64), ImageError> {
     let file_units = table.file_len.div_ceil(MIB);
     let mut space = Space::new(file_units);
-    let _ = space.mark(0, 1);
+    // What a broken image places behind its end takes no space of the file; the map must not grow to wherever it says.
+    let mark = |space: &mut Space, start: u64, units: u64| {
+        let units = units.min(file_units.saturating_sub(start));
+        if units > 0 {
+            let _ = space.mark(start, units);
+        }
+    };
+    mark(&mut space, 0, 1);
     for (offset, len) in others {
-        let _ = space.mark(offset / MIB, u64::from(len) / MIB);
+        mark(&mut space, offset / MIB, u64::from(len) / MIB);
     }
     let layout = table.layout;
     table.stream(view, |index, entry| {
@@ -274,7 +281,7 @@ fn placed_by(
             None => return Ok(()),
         };
         if matches!(entry.state(), state::FULLY_PRESENT | state::PARTIALLY_PRESENT) {
-            let _ = space.mark(entry.unit(), units);
+            mark(&mut space, entry.unit(), units);
         }
         Ok(())
     })?;
