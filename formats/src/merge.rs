@@ -148,7 +148,7 @@ impl MergeChain<'_> {
     /// What the files say; the chain is opened again as it was.
     pub fn open(&self, files: MergeFiles) -> Result<MergeSides, MergeRefused> {
         self.open_for_writing(files).map_err(|error| {
-            let chain = self.on(self.chain.layers()[self.levels].clone());
+            let chain = self.target_again().and_then(|target| self.on(target));
             if let Err(e) = &chain {
                 tracing::error!("{}: the chain can't be opened again: {e}", self.paths[0].display());
             }
@@ -177,6 +177,16 @@ impl MergeChain<'_> {
         // From here on the layer holds the file, and its lock.
         files.target.before = None;
         Ok(sides)
+    }
+
+    /// The target, for reading again. It may have been changed before the merge was refused: its log replayed, its disk made
+    /// larger. So it is opened anew.
+    fn target_again(&self) -> Result<Arc<dyn Image>, ImageError> {
+        let options = LayerOptions { read_only: true, ..LayerOptions::default() };
+        let storage = self.chain.files()[self.levels].clone();
+        let format = self.chain.layers()[self.levels].format();
+        let layer: Arc<dyn Image> = dispatch::open_layer(format, storage, &options)?;
+        Ok(layer)
     }
 
     /// After a merge that was given up: the parent, which was closed, is read only from now on, and its child knows it by the
@@ -275,5 +285,44 @@ mod tests {
             crate::open(&paths[0], &options).expect("the chain is still one");
             std::fs::remove_dir_all(&dir).expect("removed");
         }
+    }
+
+    #[test]
+    fn a_target_that_was_changed_before_a_merge_was_refused_is_known_as_it_is_now() {
+        for format in [Format::Vhdx, Format::Vhd] {
+            let dir = std::env::temp_dir().join(format!("blockd-merge-{}", Uuid::new_v4()));
+            let notes = dir.join("notes");
+            std::fs::create_dir(&dir).expect("made");
+            let paths: Vec<PathBuf> = (0..3).map(|n| dir.join(format!("{n}.{format}"))).collect();
+            crate::create(&paths[2], &CreateOptions::new(format, 16 * MIB)).expect("created");
+            for n in [1, 0] {
+                crate::create(&paths[n], &CreateOptions::on_parent(format, &paths[n + 1])).expect("created");
+            }
+            crate::resize(&paths[0], None, 32 * MIB, false).expect("grown");
+            let options = OpenOptions { parents: paths[1..].to_vec(), ..OpenOptions::default() };
+            let image = crate::open(&paths[0], &options).expect("opened");
+            let chain = image.as_chain().expect("a chain");
+            let merge = MergeChain { chain, paths: &paths, levels: 1, notes_dir: Some(&notes) };
+            let files = merge.take_files().expect("taken");
+            // The target's notes cannot be opened where a folder has their name.
+            let target = file_of(&files.target.storage).and_then(FileId::of).expect("known");
+            notes_dir::open(&notes, target).expect("opened");
+            let there = std::fs::read_dir(&notes).expect("listed").next().expect("one").expect("read").path();
+            std::fs::remove_file(&there).and_then(|()| std::fs::create_dir(&there)).expect("replaced");
+            image.close().expect("closed");
+            let refused = merge.open(files).expect_err("no notes");
+            drop(image);
+            let chain = refused.chain.expect("opened again");
+            let target = &chain.as_chain().expect("a chain").layers()[1];
+            assert_eq!(target.geometry().virtual_size, chain.geometry().virtual_size, "{format}");
+            let alone = merge_target_alone(&paths);
+            assert_eq!(target.content_id(), alone.content_id(), "{format}");
+            std::fs::remove_dir_all(&dir).expect("removed");
+        }
+    }
+
+    fn merge_target_alone(paths: &[PathBuf]) -> Arc<dyn Image> {
+        let options = OpenOptions { parents: paths[2..].to_vec(), read_only: true, ..OpenOptions::default() };
+        crate::open(&paths[1], &options).expect("opened")
     }
 }
