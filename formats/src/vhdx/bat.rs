@@ -7,7 +7,7 @@ use super::MIB;
 use super::corruption::{Corruption, Stop};
 use super::le::u64_at;
 use super::log_entry::SECTOR;
-use super::metadata::{BlockLayout, EntryOwner};
+use super::metadata::{BlockLayout, EntryOwner, Owners};
 use super::region::Region;
 use super::space::Space;
 use crate::{ImageError, Storage};
@@ -142,10 +142,15 @@ impl Table {
     }
 
     /// Whether an entry may be as it is, whatever others say. `Some`: the run of units that its block takes.
-    fn validate_entry(&self, index: u64, entry: BatEntry) -> Result<Option<(u64, u64)>, Corruption> {
+    fn validate_entry(
+        &self,
+        index: u64,
+        owner: Option<EntryOwner>,
+        entry: BatEntry,
+    ) -> Result<Option<(u64, u64)>, Corruption> {
         let (at, raw) = (self.place_of(index), entry.0);
         let bad_state = |whose| Err(Corruption::BatState { index, at, raw, state: entry.state(), whose });
-        let (units, len) = match self.layout.owner_of(index) {
+        let (units, len) = match owner {
             None => return Ok(None),
             Some(EntryOwner::Bitmap(_)) => match entry.state() {
                 state::NOT_PRESENT => return Ok(None),
@@ -193,6 +198,7 @@ impl Table {
         }
         let populated = vec![0; self.pages().div_ceil(64) as usize];
         let mut census = Census { populated, ..Census::default() };
+        let mut owners = Owners::new(self.layout);
         let mut anchors = false;
         let mut partial: Option<(u64, u64)> = None;
         let orphan =
@@ -200,11 +206,11 @@ impl Table {
         self.stream(view, |index, entry| {
             let page = index / PAGE_ENTRIES;
             census.populated[(page / 64) as usize] |= 1 << (page % 64);
-            let chunk = index / (self.layout.chunk_ratio + 1);
+            let (chunk, owner) = owners.at(index);
             if partial.is_some_and(|(c, _)| c != chunk) {
                 orphan(partial.take()).map_or(Ok(()), &mut *issue)?;
             }
-            let (start, units) = match self.validate_entry(index, entry) {
+            let (start, units) = match self.validate_entry(index, owner, entry) {
                 Ok(Some(run)) => run,
                 Ok(None) => {
                     anchors |= entry.unit() != 0;
@@ -215,7 +221,7 @@ impl Table {
                 }
                 Err(corruption) => return issue(corruption),
             };
-            match self.layout.owner_of(index) {
+            match owner {
                 Some(EntryOwner::Bitmap(_)) => {
                     partial = None;
                     census.bitmaps.push(start);
@@ -346,7 +352,7 @@ impl Bat {
     /// The table was validated when the image was opened; this is for files that changed behind our back since.
     fn revalidate(&self, index: u64, entry: BatEntry) -> Result<(), ImageError> {
         let table = Table { file_len: super::MAX_FILE_SIZE, ..self.table };
-        table.validate_entry(index, entry).map(drop).map_err(ImageError::from)
+        table.validate_entry(index, table.layout.owner_of(index), entry).map(drop).map_err(ImageError::from)
     }
 
     /// The 4 KiB of a page as they are now, with changes that are not published yet.
