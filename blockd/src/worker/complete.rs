@@ -96,6 +96,10 @@ impl Worker {
             let token = slot.tokens[side as usize].take();
             if let (Side::Target, Some(_), Route::Mirrored { moving, .. }) = (side, token, route) {
                 let ended = slot.target_error.take().map_or(Ok(()), Err);
+                if let (Err(e), Some(image)) = (&ended, image) {
+                    // Its metadata may be lost as well as content, and copying everything again brings only that back.
+                    image.image().sync_failed(e);
+                }
                 slot.target_error = moving.target_flushed(ended).err();
             }
             // Both images of a snapshot that settles are the disk.
