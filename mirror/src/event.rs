@@ -151,6 +151,8 @@ pub enum Event {
     /// The move is to begin. Nothing touches the target before the plan is durable; from the first [`Action::SetRoute`] on it
     /// exists under its temporary name and reads as zeroes, but for what a move that goes on after a restart has copied.
     Start,
+    /// What the caller has to do before [`Event::Start`] has failed: the move does not begin.
+    PreparationFailed(String),
     /// The data path uses this route, and every request begun under an earlier one has ended (its `Dirtied` or `WriteEnd`
     /// was delivered). Only the route that was asked for last counts; others may be told or not.
     RouteSettled(Route),

@@ -243,6 +243,7 @@ impl Machine {
                 self.scan = Scan::NotAsked;
                 self.fail(format!("the source could not be scanned: {error}"), actions);
             }
+            Event::PreparationFailed(why) => self.fail(why, actions),
             Event::FlushFailed { id, error } => self.guest_flush_failed(now, id, error, actions),
             Event::CopyEnd { id, result } => self.copy_ended(now, id, result, actions),
             Event::VerifyEnd { id, result } => self.verify_ended(now, id, result, actions),

@@ -131,30 +131,15 @@ impl Control {
             Err(why) => Err(Some(why)),
         };
         state.is_running = false;
-        let failed = match outcome {
-            Ok(()) => {
-                // Under the lock of the preparation: what is said meanwhile finds a machine that has begun.
-                this.shared.apply(Event::Start);
-                if state.is_paused {
-                    this.shared.apply(Event::Pause);
-                }
-                return;
-            }
-            Err(failed) => failed,
-        };
-        state.failed.clone_from(&failed);
-        drop(state);
-        let discarded = self.discard_target();
-        let record = match &failed {
-            None => Record::Cancelled,
-            Some(reason) => Record::Failed { reason: reason.clone() },
-        };
-        let recorded = self.journal.append(&record);
-        if let Some(e) = discarded.err().or_else(|| recorded.err().map(|e| e.to_string())) {
-            tracing::warn!(job = this.plan.job, "what the move has made is left: {e}");
+        // Under the lock of the preparation: what is said meanwhile finds a machine that has begun, or ends.
+        this.shared.apply(match outcome {
+            Ok(()) => Event::Start,
+            Err(None) => Event::Cancel,
+            Err(Some(why)) => Event::PreparationFailed(why),
+        });
+        if state.is_paused {
+            this.shared.apply(Event::Pause);
         }
-        // Its machine has not begun, and ends at once.
-        this.shared.apply(Event::Cancel);
     }
 
     fn carry_out(&mut self, action: Action) -> Option<Event> {

@@ -411,12 +411,7 @@ impl Move {
             }
             _ => outcome.broken.clone().and_then(|why| info("internal", why)),
         };
-        let error = match &prepared.failed {
-            Some(why) => info("io", why.clone()),
-            None => error,
-        };
         let state = match &prepared {
-            p if p.failed.is_some() && state.is_final() => "failed",
             p if p.is_running && p.is_paused => "paused",
             p if p.is_running => "copying",
             _ if outcome.broken.is_some() => "failed",

@@ -179,8 +179,6 @@ pub(super) struct State {
     pub(super) total: u64,
     pub(super) copied: u64,
     pub(super) zero: u64,
-    /// Why it failed.
-    pub(super) failed: Option<String>,
 }
 
 impl Preparation {

@@ -318,11 +318,23 @@ fn a_cancelled_move_discards_its_target_when_nothing_uses_it_any_more() {
 }
 
 #[test]
-fn a_move_that_was_not_begun_is_cancelled_without_a_trace() {
-    let mut bench = Bench::new(config(1));
-    assert_eq!(bench.apply(Event::Cancel), []);
-    assert_eq!(bench.machine.state(), JobState::Cancelled);
-    assert_eq!(bench.apply(Event::Start), []);
+fn a_move_that_was_not_begun_is_ended_in_the_journal_too_or_it_would_begin_at_the_next_start() {
+    let reason = "a parent could not be copied";
+    for (event, state, record) in [
+        (Event::Cancel, JobState::Cancelled, Record::Cancelled),
+        (
+            Event::PreparationFailed(reason.into()),
+            JobState::Failed { reason: reason.into() },
+            Record::Failed { reason: reason.into() },
+        ),
+    ] {
+        let mut bench = Bench::new(config(1));
+        assert_eq!(bench.apply(event), [Action::DiscardTarget]);
+        assert_eq!(bench.apply(Event::Start), []);
+        assert_eq!(bench.apply(Event::TargetDiscarded(Ok(()))), [Action::Record(record)]);
+        assert_eq!(bench.apply(Event::Recorded(Ok(()))), []);
+        assert_eq!(bench.machine.state(), state);
+    }
 }
 
 #[test]

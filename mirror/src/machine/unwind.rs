@@ -31,9 +31,7 @@ impl Outcome {
 
 impl Machine {
     pub(super) fn cancel(&mut self, actions: &mut Vec<Action>) {
-        if self.stage == Stage::Queued {
-            self.stage = Stage::Ended(JobState::Cancelled);
-        } else if self.may_turn_back() {
+        if self.may_turn_back() {
             self.begin_unwinding(Outcome::Cancelled, actions);
         }
     }
