@@ -88,12 +88,18 @@ fn free_slowly(image: Arc<ImageHandle>, level: usize, alone: Option<ReadAlone>) 
     }
 }
 
-/// Deletes the source, durably: what is at `path`, if that is still the file that was moved. Fine if nothing is there.
+/// Deletes the source, durably: what is at `path`, if that is still the file that was moved. Fine if nothing is there. Of a
+/// symbolic link the file goes, and then the link, which would lead nowhere.
 fn remove_source(path: &Path, file: &PayloadFile) -> io::Result<()> {
     if let (Ok(there), Ok(ours)) = (std::fs::metadata(path), file.file().metadata())
         && (there.dev(), there.ino()) != (ours.dev(), ours.ino())
     {
         return Err(io::Error::other("another file has this name now, so it was not deleted"));
+    }
+    if path.is_symlink()
+        && let Ok(file) = path.canonicalize()
+    {
+        remove_durably(&file)?;
     }
     remove_durably(path)
 }

@@ -340,6 +340,25 @@ fn a_kept_source_stays_as_it_was_at_the_switch() {
 }
 
 #[test]
+fn of_a_source_that_is_a_symbolic_link_the_file_is_deleted_and_not_only_the_link() {
+    if is_reference() {
+        return;
+    }
+    let dir = tempfile::Builder::new().prefix("blockd-test-").tempdir().unwrap();
+    let mut disk = DiskSpec::create(dir.path(), "disk", Image::DynamicVhdx, SIZE, 2).unwrap();
+    let (file, link) = (disk.image.clone(), dir.path().join("link.vhdx"));
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    disk.image.clone_from(&link);
+    let daemon = Daemon::start(dir.path(), vec![disk]).unwrap();
+    let mut bench = Bench { daemon, kind: Image::DynamicVhdx, moves: 0 };
+    let load = bench.load(48);
+    let request = bench.request(Image::DynamicVhdx, |_| {});
+    let job = bench.wait_done(&bench.daemon.start_move(&request).unwrap());
+    assert!(job.source_deleted && !file.exists() && !link.is_symlink(), "{job:?}");
+    bench.finish(load, Image::DynamicVhdx);
+}
+
+#[test]
 fn a_copy_is_of_one_point_in_time_and_the_disk_stays() {
     if is_reference() {
         return;
