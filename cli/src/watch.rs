@@ -262,6 +262,9 @@ pub(crate) fn add_summary(facts: &mut Facts, job: &Job) {
     }
     if done {
         facts.add("source", if job.source_deleted { "deleted" } else { "kept" });
+        for file in &job.sources_kept {
+            facts.add("kept", format!("{file}, which something else uses"));
+        }
     }
 }
 

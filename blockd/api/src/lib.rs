@@ -310,6 +310,9 @@ pub struct Job {
     pub verified: String,
     /// Whether the source is gone.
     pub source_deleted: bool,
+    /// Parents of the source that were left all the same, since something else uses them.
+    #[serde(default)]
+    pub sources_kept: Vec<String>,
     /// Why it is paused or failed.
     pub error: Option<ErrorInfo>,
 }

@@ -67,7 +67,8 @@ pub(super) fn remove_durably(path: &Path) -> io::Result<()> {
 
 /// Gives the space of a file that has no name any more back, a piece at a time: a file system that frees gigabytes at once
 /// can make everybody else wait for it, the guest of the moved disk first. What is left when the process ends, the kernel
-/// frees. A file that still has another name belongs to whoever gave it that: it is left alone. `alone` keeps those off who have opened a parent and wait for its lock: it must not be cut under them.
+/// frees. A file that still has another name belongs to whoever gave it that: it is left alone. `alone` keeps those off who
+/// have opened a parent and wait for its lock: it must not be cut under them.
 fn free_slowly(image: Arc<ImageHandle>, level: usize, alone: Option<ReadAlone>) {
     let thread = std::thread::Builder::new().name("free-source".into()).spawn(move || {
         let _alone = alone;
@@ -303,7 +304,7 @@ impl Control {
                 if let Some(user) = user {
                     let path = path.display();
                     tracing::warn!(job = plan.job, "the parent {path} is not deleted: {user} uses it");
-                    self.this.outcome().parents_kept = true;
+                    self.this.outcome().sources_kept.push(path.to_string());
                     continue;
                 }
             }

@@ -149,7 +149,7 @@ struct Outcome {
     over: bool,
     source_deleted: bool,
     /// Parents that others use were left.
-    parents_kept: bool,
+    sources_kept: Vec<String>,
     /// Somebody took the final name, so the target is under its temporary one.
     target_kept_name: bool,
     longest_guest_wait_us: u64,
@@ -456,6 +456,7 @@ impl Move {
             }
             .into(),
             source_deleted: outcome.source_deleted,
+            sources_kept: outcome.sources_kept,
             error,
         }
     }

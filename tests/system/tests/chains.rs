@@ -347,6 +347,23 @@ fn each_file_of_a_chain_goes_where_it_is_told_and_a_shared_base_stays() {
 }
 
 #[test]
+fn a_parent_that_somebody_else_reads_stays_and_is_named() {
+    if is_reference() {
+        return;
+    }
+    let kind = Image::DynamicVhdx;
+    let (mut bench, load) = Bench::with_chain(kind, 3, 68);
+    let before = bench.chain();
+    let reader = formats::open(&before[2], &OpenOptions::read_only()).unwrap();
+    let to = bench.folder();
+    let job = bench.done(&bench.daemon.start_move(&bench.request(&to, kind, |_| {})).unwrap());
+    assert!(!before[0].exists() && !before[1].exists() && before[2].exists());
+    assert_eq!(job.sources_kept, [before[2].display().to_string()]);
+    drop(reader);
+    bench.finish(load);
+}
+
+#[test]
 fn a_flattened_chain_is_one_image_and_its_parents_stay() {
     if is_reference() {
         return;
