@@ -316,9 +316,11 @@ impl Session {
 
     /// What the death of the daemon means for what the disk may hold.
     fn died(&mut self) {
-        if self.is_differencing() && self.notes.is_none() {
+        match (self.is_differencing(), &self.notes) {
+            (false, _) => {}
             // Sectors that were not flushed may be the parent's again.
-            self.model.power_was_cut();
+            (true, None) => self.model.power_was_cut(),
+            (true, Some(_)) => self.model.failures_may_be_undone(),
         }
     }
 

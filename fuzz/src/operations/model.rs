@@ -57,11 +57,13 @@ struct Possible {
     now: Tags,
     /// What it may hold after a power cut.
     safe: Tags,
+    /// What it may have held before changes that failed since it was last changed well or flushed.
+    undone: Vec<Tag>,
 }
 
 impl Possible {
     fn zero() -> Self {
-        Self { now: Tags::one(Tag::ZERO), safe: Tags::one(Tag::ZERO) }
+        Self { now: Tags::one(Tag::ZERO), safe: Tags::one(Tag::ZERO), undone: Vec::new() }
     }
 
     fn is_zero(&self) -> bool {
@@ -71,8 +73,14 @@ impl Possible {
     fn change(&mut self, tag: Tag, outcome: Outcome) {
         self.safe.add(tag);
         match outcome {
-            Outcome::Done => self.now = Tags::one(tag),
-            Outcome::Unknown => self.now.add(tag),
+            Outcome::Done => {
+                self.now = Tags::one(tag);
+                self.undone.clear();
+            }
+            Outcome::Unknown => {
+                self.undone.extend(self.now.iter());
+                self.now.add(tag);
+            }
         }
     }
 }
@@ -152,7 +160,10 @@ impl Model {
 
     /// Notes that all of it was made durable.
     pub(super) fn flushed(&mut self) {
-        self.sectors.values_mut().for_each(|sector| sector.safe.clone_from(&sector.now));
+        for sector in self.sectors.values_mut() {
+            sector.safe.clone_from(&sector.now);
+            sector.undone.clear();
+        }
         self.sectors.retain(|_, sector| !sector.is_zero());
     }
 
@@ -169,7 +180,18 @@ impl Model {
 
     /// Notes a power cut.
     pub(super) fn power_was_cut(&mut self) {
-        self.sectors.values_mut().for_each(|sector| sector.now.clone_from(&sector.safe));
+        for sector in self.sectors.values_mut() {
+            sector.now.clone_from(&sector.safe);
+            sector.undone.clear();
+        }
+    }
+
+    /// Notes the death of a daemon whose notes may have failed: what failed may be undone by it, though it was read since. A
+    /// guest that was told of a failure knows nothing of the sector.
+    pub(super) fn failures_may_be_undone(&mut self) {
+        for sector in self.sectors.values_mut() {
+            std::mem::take(&mut sector.undone).into_iter().for_each(|tag| sector.now.add(tag));
+        }
     }
 
     /// Notes that the disk has this many sectors of 512 bytes now. What is new reads as zeroes.
