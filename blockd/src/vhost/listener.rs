@@ -36,19 +36,30 @@ struct OwnerState {
     waiting: BTreeMap<u64, Weak<Mutex<Session>>>,
 }
 
+/// What a session that wants to run a ring is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// It may.
+    Yes,
+    /// It may, and is not told of that in another way: rings that were to wait can start as well.
+    YesAfterWaiting,
+    /// Not yet. It is told when it may.
+    Wait,
+}
+
 impl Ownership {
-    /// Whether `session` may run rings now; if not, it is told when it may.
-    pub fn acquire(&self, session: u64, me: &Weak<Mutex<Session>>) -> bool {
+    /// Whether `session` may run rings now.
+    pub fn acquire(&self, session: u64, me: &Weak<Mutex<Session>>) -> Turn {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         match state.owner {
             Some(owner) if owner != session => {
                 state.waiting.insert(session, me.clone());
-                false
+                Turn::Wait
             }
             _ => {
-                state.waiting.remove(&session);
                 state.owner = Some(session);
-                true
+                // Whoever hands over finds an owner, and wakes nobody.
+                if state.waiting.remove(&session).is_some() { Turn::YesAfterWaiting } else { Turn::Yes }
             }
         }
     }

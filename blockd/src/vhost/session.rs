@@ -19,7 +19,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::inflight::InflightRegion;
-use super::listener::Common;
+use super::listener::{Common, Turn};
 use super::log::DirtyLog;
 use super::memory::{GuestMemory, REGIONS_MAX};
 use super::ring::{QUEUE_SIZE_MAX, Ring, RingAddresses};
@@ -184,7 +184,8 @@ impl Session {
         if vring.running || !ready || self.memory.is_empty() || self.ended {
             return Ok(());
         }
-        if !self.common.ownership.acquire(self.number, &self.me) {
+        let turn = self.common.ownership.acquire(self.number, &self.me);
+        if turn == Turn::Wait {
             tracing::info!(
                 disk = self.common.disk.id,
                 queue = index,
@@ -193,6 +194,9 @@ impl Session {
             return Ok(());
         }
         let started = self.hand_over(index);
+        if turn == Turn::YesAfterWaiting {
+            self.start_rings();
+        }
         if started.is_err() {
             self.release_if_idle();
         }

@@ -590,6 +590,21 @@ fn the_memory_table_is_replaced_while_rings_run() {
 }
 
 #[test]
+fn a_front_end_that_comes_while_another_one_leaves_gets_all_its_rings() {
+    let queues = 8;
+    let daemon = daemon(queues as u16);
+    for round in 0..150 {
+        let options = Options { queues, ..Options::default() };
+        let mut front = start(&daemon, options);
+        let buffer = front.memory.alloc(0, 4096, 4096);
+        for ring in &mut front.rings {
+            let read = ring.run(&Request { kind: READ, sector: 0, data: &[(buffer, 4096)] });
+            assert_eq!(read.status, OK, "round {round}");
+        }
+    }
+}
+
+#[test]
 fn a_second_front_end_waits_for_the_first_to_stop() {
     if reference_lacks("room for a second front end") {
         return;
