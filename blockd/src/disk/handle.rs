@@ -14,6 +14,7 @@ use super::DiskError;
 #[derive(Debug)]
 pub struct PayloadFile {
     file: File,
+    in_memory: bool,
     /// Alignment that buffers need, in bytes: 1 for I/O through the page cache.
     pub memory_align: usize,
     /// Alignment that offsets and lengths need, in bytes: 1 for I/O through the page cache.
@@ -32,10 +33,10 @@ impl PayloadFile {
             && offset_align <= u64::from(sector)
             && let Ok(file) = options.clone().custom_flags(libc::O_DIRECT).open(&path)
         {
-            return Ok(Self { file, memory_align, offset_align });
+            return Ok(Self { file, in_memory: false, memory_align, offset_align });
         }
         let file = options.open(&path).or_else(|_| base.try_clone())?;
-        Ok(Self { file, memory_align: 1, offset_align: 1 })
+        Ok(Self { in_memory: is_in_memory(&file), file, memory_align: 1, offset_align: 1 })
     }
 
     /// The descriptor for the ring.
@@ -48,10 +49,19 @@ impl PayloadFile {
         &self.file
     }
 
+    /// Whether there is no device to wait for: a file of tmpfs.
+    pub fn is_in_memory(&self) -> bool {
+        self.in_memory
+    }
+
     /// Whether it goes past the page cache.
     pub fn is_direct(&self) -> bool {
         self.memory_align > 1
     }
+}
+
+fn is_in_memory(file: &File) -> bool {
+    nix::sys::statfs::fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC)
 }
 
 /// What `statx` says of direct I/O on the file: alignment of memory and of offsets; `None` where it is not possible

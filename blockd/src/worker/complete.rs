@@ -196,7 +196,9 @@ impl Worker {
             Op::Discard => add(&c.discards, 1),
             Op::GetId => return,
         }
-        c.longest.fetch_max(ns, Ordering::Relaxed);
+        if ns > c.longest.load(Ordering::Relaxed) {
+            c.longest.fetch_max(ns, Ordering::Relaxed);
+        }
     }
 }
 
@@ -217,7 +219,7 @@ impl Slot {
     }
 
     /// Looks at a part's result. Returns whether it has to be submitted again, as it is now.
-    fn retry(&mut self, part: usize, result: i32) -> bool {
+    pub(super) fn retry(&mut self, part: usize, result: i32) -> bool {
         let p = &mut self.parts[part];
         let (side, op, offset) = (p.side, p.op, p.offset);
         if result < 0 {

@@ -279,14 +279,17 @@ impl Worker {
 
     /// Submits all parts, or ends the request when there are none.
     pub(super) fn run_parts(&mut self, index: u32, mut slot: Box<Slot>) {
-        slot.pending = slot.parts.len();
-        if slot.pending == 0 {
+        let count = slot.parts.len();
+        if count == 0 {
             return self.parts_done(index, slot);
         }
         if slot.stage != Stage::Syncing {
             slot.stage = Stage::Running;
         }
-        let count = slot.parts.len();
+        if slot.can_be_done_here() {
+            return self.do_parts_here(index, slot);
+        }
+        slot.pending = count;
         self.slots[index as usize] = Some(slot);
         for part in 0..count {
             self.submit_part(index, part);
@@ -345,8 +348,9 @@ impl Slot {
     /// Adds a sync of an image's own file, which the image has given `token` for.
     pub(super) fn add_sync(&mut self, side: Side, image: &ImageHandle, token: SyncToken) {
         self.tokens[side as usize] = Some(token);
-        let fd = image.top().fd();
-        self.parts.push(Part { op: PartOp::Sync, side, fd, offset: 0, len: 0, iov: (0, 0), retries: 0 });
+        let (fd, in_memory) = (image.top().fd(), image.top().is_in_memory());
+        let part = Part { op: PartOp::Sync, side, fd, in_memory, offset: 0, len: 0, iov: (0, 0), retries: 0 };
+        self.parts.push(part);
     }
 
     /// Adds a part of `len` bytes whose data is what `data` holds from byte `at` on.
@@ -365,6 +369,7 @@ impl Slot {
         }
         let (file, offset) = place;
         let iov = (first, self.part_iov.len());
-        self.parts.push(Part { op, side, fd: file.fd(), offset, len, iov, retries: 0 });
+        let (fd, in_memory) = (file.fd(), file.is_in_memory());
+        self.parts.push(Part { op, side, fd, in_memory, offset, len, iov, retries: 0 });
     }
 }

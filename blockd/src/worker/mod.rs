@@ -15,6 +15,7 @@ pub mod buffer;
 pub mod command;
 mod complete;
 mod execute;
+mod here;
 mod iov;
 mod kick;
 mod local;
@@ -58,6 +59,8 @@ const SLOTS_MAX: usize = 1024;
 const BYTES_IN_FLIGHT_MAX: u64 = 256 << 20;
 /// Most requests taken from one queue before the next one has its turn.
 const BATCH: usize = 64;
+/// Bytes after whose copying by the worker itself the next queue has its turn, and the drivers are told.
+const BYTES_HERE_MAX: u64 = 1 << 20;
 /// The longest that a worker polls before it sleeps.
 const POLL_MAX: Duration = Duration::from_micros(64);
 /// The shortest window that is worth polling at all.
@@ -137,6 +140,8 @@ struct Worker {
     in_flight: usize,
     /// Data of the requests in flight, each of which may need a buffer of ours.
     bytes_in_flight: u64,
+    /// Bytes that were copied by the worker itself since the present queue has its turn.
+    bytes_here: u64,
     pool: BufferPool,
     pieces: Pieces,
     buffers: Vec<Buffer>,
@@ -183,6 +188,7 @@ impl Worker {
             free: Vec::new(),
             in_flight: 0,
             bytes_in_flight: 0,
+            bytes_here: 0,
             pool: BufferPool::default(),
             pieces: Pieces::new(),
             buffers: Vec::new(),

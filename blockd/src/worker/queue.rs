@@ -10,7 +10,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::command::{QueueKey, QueueSetup, QueueStart};
 use super::local::Local;
-use super::{BATCH, Worker};
+use super::{BATCH, BYTES_HERE_MAX, Worker};
 use crate::vhost::inflight::InflightQueue;
 use crate::vhost::log::DirtyLog;
 use crate::vhost::memory::GuestMemory;
@@ -190,9 +190,13 @@ impl Worker {
     pub(super) fn poll_queues(&mut self) -> bool {
         let mut any = false;
         for at in 0..self.queues.len() {
+            self.bytes_here = 0;
             for _ in 0..BATCH {
                 if !self.has_room() {
                     return any;
+                }
+                if self.bytes_here >= BYTES_HERE_MAX {
+                    break;
                 }
                 let Some(queue) = self.queues[at].as_mut() else { break };
                 if queue.broken {

@@ -65,6 +65,8 @@ pub struct Part {
     pub side: Side,
     /// The file.
     pub fd: RawFd,
+    /// Whether that is in memory.
+    pub in_memory: bool,
     /// Byte offset in the file.
     pub offset: u64,
     /// Bytes, without what is done already.

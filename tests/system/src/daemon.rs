@@ -129,6 +129,17 @@ pub struct DiskSpec {
     pub read_only: bool,
 }
 
+/// A folder on a file system in memory with room for a test's disks; says that the test is skipped where there is none.
+pub fn in_memory() -> Option<&'static Path> {
+    let folder = Path::new("/dev/shm");
+    let is_there = nix::sys::statvfs::statvfs(folder)
+        .is_ok_and(|fs| fs.blocks_available() * fs.fragment_size() > 2 << 30);
+    if !is_there {
+        println!("SKIPPED: {} has no room of 2 GiB, so no disk in memory was tried", folder.display());
+    }
+    is_there.then_some(folder)
+}
+
 impl DiskSpec {
     /// A new image of `size` bytes in `dir`, to be served as `id` with `queues` queues.
     pub fn create(dir: &Path, id: &str, kind: Image, size: u64, queues: u16) -> Result<Self> {
@@ -216,7 +227,13 @@ impl Daemon {
 
     /// Starts the daemon with one new empty disk in a temporary folder that goes away with it.
     pub fn with_disk(kind: Image, size: u64, queues: u16) -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("blockd-test-").tempdir()?;
+        Self::with_disk_in(&std::env::temp_dir(), kind, size, queues)
+    }
+
+    /// The same with the temporary folder in another one. A folder in memory makes the data path another one: see
+    /// [`in_memory`].
+    pub fn with_disk_in(base: &Path, kind: Image, size: u64, queues: u16) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("blockd-test-").tempdir_in(base)?;
         let disk = DiskSpec::create(dir.path(), "disk", kind, size, queues)?;
         let mut daemon = Self::start(dir.path(), vec![disk])?;
         daemon._own_dir = Some(dir);

@@ -4,11 +4,12 @@
 //! is completed once. What tells the daemon which those are is the in-flight region, for requests complete in any order.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use system_tests::daemon::{DiskSpec, Program};
+use system_tests::daemon::{DiskSpec, Program, in_memory};
 use system_tests::{Base, Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
 
 const SIZE: u64 = 128 << 20;
@@ -40,11 +41,15 @@ fn compare_image(daemon: &mut Daemon, load: &VerifiedLoad) {
 }
 
 fn survive_kills(kind: Image, kills: u64, base: Base) {
+    survive_kills_in(&std::env::temp_dir(), kind, kills, base);
+}
+
+fn survive_kills_in(folder: &Path, kind: Image, kills: u64, base: Base) {
     if is_reference() {
         return;
     }
     let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(kills));
-    let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
+    let mut daemon = Daemon::with_disk_in(folder, kind, SIZE, 2).unwrap();
     // Long and short requests side by side, so that they overtake each other.
     let options = LoadOptions { depth: 32, max_sectors: 512, base, ..LoadOptions::new(31, SECTORS) };
     let load = start_load(&daemon, 2, options).spawn();
@@ -86,6 +91,14 @@ fn a_growing_vhd_survives_the_daemons_death() {
 #[test]
 fn a_growing_vhdx_survives_the_daemons_death() {
     survive_kills(Image::DynamicVhdx, 25, Base::Used);
+}
+
+#[test]
+fn disks_in_memory_survive_the_daemons_death() {
+    let Some(folder) = in_memory() else { return };
+    for kind in [Image::Raw, Image::DynamicVhd, Image::DynamicVhdx] {
+        survive_kills_in(folder, kind, 10, Base::Used);
+    }
 }
 
 #[test]

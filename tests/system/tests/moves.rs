@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use blockd_api::{Job, JobSettings, MoveRequest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use system_tests::daemon::{DiskSpec, Program};
+use system_tests::daemon::{DiskSpec, Program, in_memory};
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Options, RunningLoad, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
@@ -36,7 +36,11 @@ struct Bench {
 
 impl Bench {
     fn new(kind: Image) -> Self {
-        Self { daemon: Daemon::with_disk(kind, SIZE, 2).unwrap(), kind, moves: 0 }
+        Self::new_in(&std::env::temp_dir(), kind)
+    }
+
+    fn new_in(folder: &Path, kind: Image) -> Self {
+        Self { daemon: Daemon::with_disk_in(folder, kind, SIZE, 2).unwrap(), kind, moves: 0 }
     }
 
     fn load(&self, seed: u64) -> RunningLoad {
@@ -356,6 +360,50 @@ fn of_a_source_that_is_a_symbolic_link_the_file_is_deleted_and_not_only_the_link
     let job = bench.wait_done(&bench.daemon.start_move(&request).unwrap());
     assert!(job.source_deleted && !file.exists() && !link.is_symlink(), "{job:?}");
     bench.finish(load, Image::DynamicVhdx);
+}
+
+#[test]
+fn a_disk_moves_out_of_memory_and_back() {
+    let Some(memory) = in_memory() else { return };
+    if is_reference() {
+        return;
+    }
+    for (from, to) in [(Image::Raw, Image::DynamicVhdx), (Image::DynamicVhd, Image::Raw)] {
+        let mut bench = Bench::new(from);
+        let load = bench.load(49);
+        let elsewhere = tempfile::Builder::new().prefix("blockd-test-").tempdir_in(memory).unwrap();
+        let there = elsewhere.path().join(format!("there.{}", to.name()));
+        for mirror in ["after-copy", "from-start"] {
+            let request = bench.request(to, |r| {
+                r.to = there.display().to_string();
+                r.mirror = mirror.into();
+            });
+            bench.wait_done(&bench.daemon.start_move(&request).unwrap());
+            load.wait_requests(500, MINUTE).unwrap();
+            let back = bench.request(to, |r| r.mirror = mirror.into());
+            bench.wait_done(&bench.daemon.start_move(&back).unwrap());
+            load.wait_requests(500, MINUTE).unwrap();
+        }
+        bench.finish(load, to);
+    }
+}
+
+#[test]
+fn disks_in_memory_move() {
+    let Some(memory) = in_memory() else { return };
+    if is_reference() {
+        return;
+    }
+    for kind in Image::formats() {
+        let mut bench = Bench::new_in(memory, kind);
+        let load = bench.load(50);
+        for to in Image::formats() {
+            let request = bench.request(to, |_| {});
+            bench.wait_done(&bench.daemon.start_move(&request).unwrap());
+        }
+        let last = *Image::formats().last().unwrap();
+        bench.finish(load, last);
+    }
 }
 
 #[test]
