@@ -73,11 +73,16 @@ pub fn resize_over(
         )));
     }
     match &blocks {
-        // What an earlier attempt may have left to do.
+        // What an earlier attempt may have left to do. Its sync may have failed, and a sync brings back only what is written
+        // again.
         Some(blocks) if new_size == disk.size && !disk.is_copy_stale() => {
+            disk.set_footer(disk.footer.clone())?;
             cut_table(&disk, blocks, u32::try_from(blocks.body.shape.blocks).expect("a table has as many"))
         }
-        None if new_size == disk.size => disk.cut(new_size),
+        None if new_size == disk.size => {
+            disk.set_footer(disk.footer.clone())?;
+            disk.cut(new_size)
+        }
         None if smaller => shrink_fixed(&mut disk, new_size),
         None => grow_fixed(&mut disk, new_size),
         Some(blocks) if smaller => shrink_blocks(&mut disk, blocks, new_size, parent_is_zero),

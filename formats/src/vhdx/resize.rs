@@ -80,7 +80,8 @@ fn resize_as(
         )));
     }
     if new_size == old_size {
-        return Ok(());
+        // An earlier attempt may have ended before its last sync.
+        return storage.sync().map_err(|e| ImageError::io("cannot sync the image", e));
     }
     let new = BlockLayout::new(&Metadata { virtual_size: new_size, ..metadata.clone() });
     let resize = Resize {
