@@ -94,6 +94,9 @@ pub struct Ring {
     used_guest_addr: u64,
     event_idx: bool,
     next_avail: u16,
+    /// The available ring's index as it was read last. What lies before it is taken without looking there again: the driver
+    /// writes to that cache line at the same time.
+    seen_avail: u16,
     next_used: u16,
     /// `next_used` when the driver was last told.
     signalled_used: u16,
@@ -117,7 +120,7 @@ impl Ring {
         next_avail: u16,
     ) -> Result<Self, RingError> {
         let mut ring = Self::map_areas(memory, size, at, event_idx)?;
-        ring.next_avail = next_avail;
+        ring.set_next_avail(next_avail);
         ring.next_used = ring.used_idx().load(Ordering::Acquire);
         ring.signalled_used = ring.next_used;
         Ok(ring)
@@ -126,7 +129,7 @@ impl Ring {
     /// Maps the areas anew (memory or addresses have changed) and goes on with the same indices.
     pub fn remap(&mut self, memory: &Arc<GuestMemory>, at: RingAddresses) -> Result<(), RingError> {
         let mut ring = Self::map_areas(memory, u32::from(self.size), at, self.event_idx)?;
-        ring.next_avail = self.next_avail;
+        ring.set_next_avail(self.next_avail);
         ring.next_used = self.next_used;
         ring.signalled_used = self.signalled_used;
         ring.never_signalled = self.never_signalled;
@@ -165,6 +168,7 @@ impl Ring {
             used_guest_addr: used.guest_addr,
             event_idx,
             next_avail: 0,
+            seen_avail: 0,
             next_used: 0,
             signalled_used: 0,
             never_signalled: true,
@@ -206,7 +210,7 @@ impl Ring {
 
     /// Goes on elsewhere in the available ring.
     pub fn set_next_avail(&mut self, next: u16) {
-        self.next_avail = next;
+        (self.next_avail, self.seen_avail) = (next, next);
     }
 
     /// The ring's size.
@@ -216,22 +220,46 @@ impl Ring {
 
     /// Takes the next head from the available ring.
     pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
-        // Acquire: the ring entries and descriptors written before the index are seen.
-        let avail = self.avail_idx().load(Ordering::Acquire);
-        let ahead = avail.wrapping_sub(self.next_avail);
-        if ahead == 0 {
-            return Ok(None);
+        if self.seen_avail == self.next_avail {
+            // Acquire: the ring entries and descriptors written before the index are seen.
+            let avail = self.avail_idx().load(Ordering::Acquire);
+            let ahead = avail.wrapping_sub(self.next_avail);
+            if ahead == 0 {
+                return Ok(None);
+            }
+            if ahead > self.size {
+                return Err(RingError::AvailJump { avail, next: self.next_avail, size: self.size });
+            }
+            self.seen_avail = avail;
         }
-        if ahead > self.size {
-            return Err(RingError::AvailJump { avail, next: self.next_avail, size: self.size });
-        }
-        let slot = usize::from(self.next_avail & (self.size - 1));
-        let head = self.avail_at(2 + slot).load(Ordering::Relaxed);
+        let head = self.avail_head(self.next_avail);
         if head >= self.size {
             return Err(RingError::BadIndex(u32::from(head)));
         }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(Some(head))
+    }
+
+    fn avail_head(&self, index: u16) -> u16 {
+        let slot = usize::from(index & (self.size - 1));
+        self.avail_at(2 + slot).load(Ordering::Relaxed)
+    }
+
+    /// Has the processor fetch what the next requests will be read from, which the driver's processor has written: the
+    /// descriptors of the one after the next, and what the next one's first descriptor points to, a header or a table.
+    pub fn fetch_ahead(&self, memory: &GuestMemory) {
+        let ahead = self.seen_avail.wrapping_sub(self.next_avail);
+        let table = Table { ptr: self.desc, len: u32::from(self.size), copy: Vec::new() };
+        let next = |n: u16| u32::from(self.avail_head(self.next_avail.wrapping_add(n)));
+        if ahead > 1 {
+            table.prefetch(next(1));
+        }
+        if ahead > 0
+            && let Ok(first) = table.get(next(0))
+        {
+            // Whatever is wrong with it is found when it is taken.
+            let _ = memory.for_each_slice(first.addr, 1, |slice| prefetch(slice.ptr));
+        }
     }
 
     /// Whether something is available that was not taken.
@@ -381,17 +409,43 @@ impl Table {
         if index >= self.len {
             return Err(RingError::BadIndex(index));
         }
-        // SAFETY: the table holds `len` descriptors of 16 bytes. The guest may change them at any time: each field is
-        // read once, and what was read is what is checked and used. Indirect tables need no alignment.
-        let raw: [u8; 16] = unsafe { self.ptr.add(index as usize * 16).cast::<[u8; 16]>().read_volatile() };
-        let word = u64::from_le_bytes(raw[8..].try_into().unwrap_or_default());
-        Ok(Descriptor {
-            addr: u64::from_le_bytes(raw[..8].try_into().unwrap_or_default()),
-            len: word as u32,
-            flags: (word >> 32) as u16,
-            next: (word >> 48) as u16,
-        })
+        // SAFETY: the table holds `len` descriptors of 16 bytes. The guest may change them at any time: each word is
+        // read once, and what was read is what is checked and used.
+        let [addr, word] = unsafe {
+            let at = self.ptr.add(index as usize * 16);
+            if (at as usize).is_multiple_of(8) {
+                [at.cast::<u64>().read_volatile(), at.cast::<u64>().add(1).read_volatile()]
+            } else {
+                // Indirect tables need no alignment.
+                let raw = at.cast::<[[u8; 8]; 2]>().read_volatile();
+                raw.map(u64::from_ne_bytes)
+            }
+        };
+        let (addr, word) = (u64::from_le(addr), u64::from_le(word));
+        Ok(Descriptor { addr, len: word as u32, flags: (word >> 32) as u16, next: (word >> 48) as u16 })
     }
+
+    /// For a chain that begins there: three descriptors, as most have, may lie on two cache lines.
+    fn prefetch(&self, index: u32) {
+        if index < self.len {
+            // SAFETY: the descriptor is within the table.
+            let at = unsafe { self.ptr.add(index as usize * 16) };
+            prefetch(at);
+            prefetch(at.wrapping_add(32));
+        }
+    }
+}
+
+/// Has the processor fetch the cache line at `at`, if that is mapped. Nothing happens where it is not, or where the processor's
+/// way of doing it is not known.
+fn prefetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which may name any address.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
 }
 
 #[cfg(test)]

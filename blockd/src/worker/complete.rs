@@ -1,6 +1,7 @@
 //! From completions to the used ring.
 
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use mirror::{Event, Side};
 
@@ -139,6 +140,7 @@ impl Worker {
             }
             self.pool.put(bounce);
         }
+        self.clock = Instant::now();
         self.count(&slot, status);
         let queue = self.queues[slot.queue].as_mut().expect("a queue stays until it has drained");
         if let Some((ptr, addr)) = slot.status {
@@ -180,7 +182,7 @@ impl Worker {
         if status != STATUS_OK {
             return add(&c.errors, 1);
         }
-        let ns = slot.started.elapsed().as_nanos() as u64;
+        let ns = self.clock.saturating_duration_since(slot.started).as_nanos() as u64;
         match slot.op {
             Op::Read => {
                 add(&c.reads, 1);

@@ -1,7 +1,6 @@
 //! From a request to submissions.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use formats::{ImageError, SyncToken, ZeroMode};
 use io_uring::{opcode, types};
@@ -26,7 +25,7 @@ const IOV_MAX: usize = 1024;
 impl Worker {
     /// Takes a chain, carries out what can be done at once, and submits the rest.
     pub(super) fn take_request(&mut self, queue: usize, head: u16) {
-        let started = Instant::now();
+        let started = self.clock;
         let Ok(memory) = self.read_chain(queue, head) else {
             if let Some(q) = self.queues[queue].as_mut() {
                 q.in_flight -= 1;

@@ -153,6 +153,9 @@ struct Worker {
     held: VecDeque<u32>,
     exiting: bool,
     poll_window: Duration,
+    /// The time as it was read last: when the requests that are being taken began. Reading it costs as much as a good part
+    /// of the rest.
+    clock: Instant,
 }
 
 impl Worker {
@@ -197,6 +200,7 @@ impl Worker {
             held: VecDeque::new(),
             exiting: false,
             poll_window: Duration::ZERO,
+            clock: Instant::now(),
         })
     }
 

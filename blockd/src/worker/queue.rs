@@ -5,6 +5,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -108,6 +109,7 @@ impl Queue {
             return Ok(None);
         }
         let head = self.ring.pop()?;
+        self.ring.fetch_ahead(&self.memory);
         if let (Some(head), Some(inflight)) = (head, &mut self.inflight) {
             inflight.take(head);
         }
@@ -205,7 +207,9 @@ impl Worker {
                 match queue.next_head() {
                     Ok(Some(head)) => {
                         queue.in_flight += 1;
-                        any = true;
+                        if !std::mem::replace(&mut any, true) {
+                            self.clock = Instant::now();
+                        }
                         self.take_request(at, head);
                     }
                     Ok(None) => break,
