@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 use crate::choice::{Common, Kind};
+use crate::finding::Finding;
 use crate::machine::Machine;
 use crate::report::Comparison;
 use crate::{moving, thin};
@@ -15,8 +16,10 @@ use crate::{moving, thin};
 pub struct Results {
     /// The machine.
     pub machine: Machine,
-    /// One for each question.
+    /// One for each move that was measured.
     pub comparisons: Vec<Comparison>,
+    /// One for each other question.
+    pub findings: Vec<Finding>,
 }
 
 impl Results {
@@ -25,11 +28,19 @@ impl Results {
     /// # Errors
     /// As [`Machine::look`].
     pub fn new(common: &Common) -> Result<Self> {
-        let machine = Machine::look(&common.dir())?;
+        Self::in_dir(&common.dir())
+    }
+
+    /// No answers yet; images will be in `dir`.
+    ///
+    /// # Errors
+    /// As [`Machine::look`].
+    pub fn in_dir(dir: &Path) -> Result<Self> {
+        let machine = Machine::look(dir)?;
         if let Some(warning) = machine.warning() {
             eprintln!("{warning}");
         }
-        Ok(Self { machine, comparisons: Vec::new() })
+        Ok(Self { machine, comparisons: Vec::new(), findings: Vec::new() })
     }
 
     /// Adds an answer and prints it.
@@ -38,9 +49,15 @@ impl Results {
         self.comparisons.push(comparison);
     }
 
+    /// Adds an answer and prints it.
+    pub fn add_finding(&mut self, finding: Finding) {
+        println!("{finding}");
+        self.findings.push(finding);
+    }
+
     /// Whether nothing was wrong.
     pub fn is_sound(&self) -> bool {
-        self.comparisons.iter().all(Comparison::is_sound)
+        self.comparisons.iter().all(Comparison::is_sound) && self.findings.iter().all(Finding::is_sound)
     }
 
     /// Writes the figures as JSON.

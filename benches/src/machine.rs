@@ -102,6 +102,12 @@ pub fn is_there(program: &str) -> bool {
     version(Path::new(program)).is_ok()
 }
 
+/// The last word of what a program answers to `--version`; `?` when there is none.
+pub fn version_of(program: &str) -> String {
+    let said = version(Path::new(program)).unwrap_or_default();
+    said.split_whitespace().last().map_or("?", |word| word.trim_start_matches(&format!("{program}-"))).into()
+}
+
 fn version(program: &Path) -> Result<String> {
     let output = Command::new(program)
         .arg("--version")

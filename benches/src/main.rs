@@ -18,22 +18,29 @@ mod all;
 mod blockd;
 mod chain;
 mod choice;
+mod drive;
 mod events;
+mod finding;
+mod fio;
 mod interrupt;
 mod load;
 mod machine;
 mod moving;
+mod plot;
 mod process;
 mod qmp;
 mod report;
 mod rival;
+mod serve;
+mod served;
 mod server;
 mod size;
+mod spread;
 mod table;
 mod thin;
 mod trial;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -41,7 +48,9 @@ use clap::{Parser, Subcommand};
 
 use all::Results;
 use chain::Chains;
-use choice::{Common, Kind, parse_pair};
+use choice::{Common, Effort, Kind, parse_pair};
+use finding::Finding;
+use serve::Place;
 use size::parse_size;
 use thin::Thin;
 
@@ -59,6 +68,21 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Question {
+    /// Full disks are served: requests, processor time and latency, in memory and on a disk
+    Serve {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        serve: serve::Serve,
+        #[command(flatten)]
+        effort: Effort,
+        /// The same on a real disk: a folder there; --dir is left out then
+        #[arg(long)]
+        disk_dir: Option<PathBuf>,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
     /// A full disk is moved under a busy guest
     Move {
         #[command(flatten)]
@@ -161,6 +185,10 @@ fn main() -> ExitCode {
 fn answer(question: Question) -> Result<bool> {
     interrupt::install()?;
     let sound = match question {
+        Question::Serve { common, serve, effort, disk_dir, json } => {
+            let place = disk_dir.map_or_else(|| Place::Memory(common.memory_dir()), Place::Disk);
+            tell(place.dir(), json, || serve::run(&common, &serve, effort, &place))?
+        }
         Question::Move { common, load, from, to, json } => {
             let mut results = Results::new(&common)?;
             println!("{}", results.machine);
@@ -195,6 +223,15 @@ fn answer(question: Question) -> Result<bool> {
         }
     };
     Ok(sound)
+}
+
+/// Prints an answer, with the machine that it is of, and keeps its figures.
+fn tell(dir: &Path, json: Option<PathBuf>, ask: impl FnOnce() -> Result<Finding>) -> Result<bool> {
+    let mut results = Results::in_dir(dir)?;
+    println!("{}", results.machine);
+    results.add_finding(ask()?);
+    json.map_or(Ok(()), |path| results.write_json(&path))?;
+    Ok(results.is_sound())
 }
 
 #[cfg(test)]
