@@ -136,7 +136,11 @@ impl Effort {
     }
 }
 
-fn parse_rounds(text: &str) -> Result<usize, String> {
+/// A number of rounds.
+///
+/// # Errors
+/// What is possible.
+pub fn parse_rounds(text: &str) -> Result<usize, String> {
     let rounds = text.parse().ok().filter(|rounds| (1..=1000).contains(rounds));
     rounds.ok_or_else(|| format!("`{text}` is no number of rounds: give 1 to 1000"))
 }

@@ -19,6 +19,8 @@ use crate::interrupt;
 pub const PAGE: u64 = 4096;
 /// Bytes for the data of all requests that are in flight at once.
 const POOL: u64 = 8 << 20;
+/// Bytes for a ring of 128 and its tables.
+const RING_ROOM: u64 = 256 << 10;
 /// Of so many reads one is looked at.
 const LOOK_EVERY: u64 = 16;
 /// How long nothing may complete before the server counts as hung.
@@ -107,6 +109,7 @@ pub struct Driver {
     ring: Ring,
     memory: Arc<GuestMemory>,
     pool: u64,
+    pool_bytes: u64,
     free: Vec<u64>,
     slots: Vec<Option<Slot>>,
     pages: u64,
@@ -129,19 +132,27 @@ pub struct Link {
 }
 
 impl Link {
-    /// Connects to a disk with `queues` queues.
+    /// Connects to a disk by one queue, for requests of any kind.
     ///
     /// # Errors
-    /// When the connection or the negotiation fails, or the disk has no whole request of the largest kind.
-    pub fn connect(socket: &Path, queues: usize, seed: u64) -> Result<Self> {
-        let memory = (queues as u64 * (POOL + (2 << 20))).next_multiple_of(1 << 20);
+    /// When the connection or the negotiation fails, or the disk is tiny.
+    pub fn connect(socket: &Path, seed: u64) -> Result<Self> {
+        Self::with_queues(socket, 1, POOL, seed)
+    }
+
+    /// Connects to a disk by `queues` queues, with `pool` bytes for the data of each.
+    ///
+    /// # Errors
+    /// As [`Link::connect`].
+    pub fn with_queues(socket: &Path, queues: usize, pool: u64, seed: u64) -> Result<Self> {
+        let memory = (queues as u64 * (pool + RING_ROOM)).next_multiple_of(1 << 20);
         let options = Options { queues, memory: vec![memory], ..Options::default() };
         let mut front = FrontEnd::start(socket, options)
             .with_context(|| format!("connect to the disk at {}", socket.display()))?;
         let pages = front.config()?.capacity * 512 / PAGE;
         ensure!(pages >= 64, "a disk of {pages} pages is too small to be measured");
         let rings = std::mem::take(&mut front.rings);
-        let make = |(queue, ring)| Driver::new(ring, pages, seed + queue as u64);
+        let make = |(queue, ring)| Driver::new(ring, pages, pool, seed + queue as u64);
         let drivers = rings.into_iter().enumerate().map(make).collect();
         Ok(Self { front, drivers })
     }
@@ -162,17 +173,18 @@ impl Link {
 }
 
 impl Driver {
-    fn new(ring: Ring, pages: u64, seed: u64) -> Self {
+    fn new(ring: Ring, pages: u64, pool_bytes: u64, seed: u64) -> Self {
         let memory = ring.memory().clone();
-        let pool = memory.alloc(0, POOL, PAGE);
+        let pool = memory.alloc(0, pool_bytes, PAGE);
         // Touched now, so that no page fault is measured.
-        memory.fill(pool, POOL as usize, 0x5a);
+        memory.fill(pool, pool_bytes as usize, 0x5a);
         let slots = vec![None; usize::from(ring.options().size)];
         let random = seed.wrapping_mul(2).wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         Self {
             ring,
             memory,
             pool,
+            pool_bytes,
             free: Vec::new(),
             slots,
             pages,
@@ -200,7 +212,10 @@ impl Driver {
         assert_eq!(self.ring.in_flight(), 0, "buffers change while requests use them");
         assert!(pattern.block.is_multiple_of(PAGE) && pattern.block > 0, "{pattern:?}");
         let size = usize::from(self.ring.options().size);
-        assert!(pattern.depth <= size && pattern.depth as u64 * pattern.block <= POOL, "{pattern:?}");
+        assert!(
+            pattern.depth <= size && pattern.depth as u64 * pattern.block <= self.pool_bytes,
+            "{pattern:?}"
+        );
         self.free.clear();
         self.free.extend((0..pattern.depth as u64).map(|index| self.pool + index * pattern.block));
         self.ring.poll_only();
@@ -412,17 +427,24 @@ impl Driver {
     /// As [`Driver::run`].
     pub fn sweep(&mut self, access: Access) -> Result<Drove> {
         let pattern = Pattern { random: false, access, block: 256 << 10, depth: 16 };
-        self.look_every = 1;
-        let mut page = 0;
-        let drove = self.run_while(&pattern, Wait::Sleep, |driver, _| {
-            let at = page;
-            page += pattern.pages();
-            (page <= driver.pages).then_some(at)
-        })?;
-        self.look_every = LOOK_EVERY;
-        if access == Access::Write {
-            self.flush(Wait::Sleep)?;
+        let mut places = (0..=self.pages - pattern.pages()).step_by(pattern.pages() as usize);
+        if access == Access::Read {
+            return self.check(&pattern, places);
         }
+        let drove = self.run_while(&pattern, Wait::Sleep, |_, _| places.next())?;
+        self.flush(Wait::Sleep)?;
+        Ok(drove)
+    }
+
+    /// Reads what was written at these pages and checks all of it.
+    ///
+    /// # Errors
+    /// As [`Driver::run`].
+    pub fn check(&mut self, pattern: &Pattern, mut pages: impl Iterator<Item = u64>) -> Result<Drove> {
+        self.look_every = 1;
+        let read = Pattern { access: Access::Read, ..*pattern };
+        let drove = self.run_while(&read, Wait::Sleep, |_, _| pages.next())?;
+        self.look_every = LOOK_EVERY;
         Ok(drove)
     }
 
@@ -434,16 +456,13 @@ impl Driver {
     pub fn prove(&mut self, wait: Wait, salt: u64) -> Result<()> {
         const PROVEN: u64 = 2000;
         let places: Vec<u64> = (0..PROVEN).map(|n| n * self.pages / PROVEN).collect();
-        self.look_every = 1;
+        let pattern = Pattern { random: true, access: Access::Write, block: PAGE, depth: 32 };
         for salt in [salt, 0] {
             self.salt = salt;
-            for access in [Access::Write, Access::Read] {
-                let pattern = Pattern { random: true, access, block: PAGE, depth: 32 };
-                let mut left = places.iter().copied();
-                self.run_while(&pattern, wait, |_, _| left.next())?;
-            }
+            let mut left = places.iter().copied();
+            self.run_while(&pattern, wait, |_, _| left.next())?;
+            self.check(&pattern, places.iter().copied())?;
         }
-        self.look_every = LOOK_EVERY;
         Ok(())
     }
 
@@ -463,6 +482,42 @@ impl Driver {
     }
 }
 
+/// As [`Driver::run`], by one thread for many queues at once, all of which it watches all the time.
+///
+/// # Errors
+/// As [`Driver::run`].
+pub fn run_together(drivers: &mut [&mut Driver], pattern: &Pattern, time: Duration) -> Result<Drove> {
+    let mut drove = Drove::default();
+    drivers.iter_mut().for_each(|driver| driver.prepare(pattern));
+    let start = Instant::now();
+    let (mut now, mut last) = (start, start);
+    loop {
+        let mut idle = true;
+        for driver in drivers.iter_mut() {
+            drove.requests += driver.reap(&mut drove.latencies)? as u64;
+            if driver.has_room() && now.duration_since(start) < time {
+                now = Instant::now();
+                last = now;
+                while driver.has_room() {
+                    let page = driver.next_page(pattern);
+                    driver.submit(pattern, page, now);
+                }
+                driver.kick();
+            }
+            idle &= driver.in_flight() == 0;
+        }
+        now = Instant::now();
+        if idle {
+            break;
+        }
+        interrupt::check()?;
+        ensure!(now.duration_since(last) < time + PATIENCE, "nothing was completed for {PATIENCE:?}");
+    }
+    drove.time = start.elapsed();
+    drivers.iter_mut().try_for_each(|driver| driver.finish())?;
+    Ok(drove)
+}
+
 /// What stands at both ends of a page.
 fn stamps(page: u64, salt: u64) -> [u64; 2] {
     let first = (page + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ salt.wrapping_mul(0xd6e8_feb8_6659_fd93);
@@ -477,7 +532,7 @@ fn stamps(page: u64, salt: u64) -> [u64; 2] {
 pub fn own_cost(pattern: &Pattern, requests: u32) -> Result<f64> {
     let memory = Arc::new(GuestMemory::new(&[POOL + (2 << 20)])?);
     let ring = Ring::new(memory, RingOptions { size: 128, event_idx: true, indirect: true, region: 0 })?;
-    let mut driver = Driver::new(ring, 1 << 18, 1);
+    let mut driver = Driver::new(ring, 1 << 18, POOL, 1);
     driver.prepare(pattern);
     let (mut latencies, mut taken, mut done) = (Histogram::default(), 0, 0);
     let start = Instant::now();
@@ -520,7 +575,7 @@ mod tests {
     fn driver() -> Driver {
         let memory = Arc::new(GuestMemory::new(&[POOL + (2 << 20)]).unwrap());
         let options = RingOptions { size: 128, event_idx: true, indirect: true, region: 0 };
-        Driver::new(Ring::new(memory, options).unwrap(), 1000, 7)
+        Driver::new(Ring::new(memory, options).unwrap(), 1000, POOL, 7)
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Round {
 #[derive(Debug)]
 enum Server {
     // The link goes first, as a guest does.
-    Daemon { link: Link, served: Served },
+    Daemon { link: Box<Link>, served: Served },
     Fio(Fio),
 }
 
@@ -114,7 +114,7 @@ pub fn make_image(dir: &Path, format: Kind, size: u64, seed: u64) -> Result<Path
         first.unwrap_or("?")
     );
     drop(load);
-    let mut link = Link::connect(&served.socket(DISK)?, 1, seed)?;
+    let mut link = Link::connect(&served.socket(DISK)?, seed)?;
     link.driver().sweep(Access::Write)?;
     link.driver().sweep(Access::Read).context("after the image was filled by blockd")?;
     drop(link);
@@ -150,8 +150,8 @@ impl Contender {
     pub fn blockd(dir: &Path, format: Kind, image: &Path) -> Result<Self> {
         let disk = Disk::new(DISK, format.image(), image.to_owned());
         let served = Served::blockd(&folder(dir, "ours", format)?, &[disk])?;
-        let link = Link::connect(&served.socket(DISK)?, 1, 1)?;
-        let server = Server::Daemon { link, served };
+        let link = Link::connect(&served.socket(DISK)?, 1)?;
+        let server = Server::Daemon { link: Box::new(link), served };
         Ok(Self { who: Who::Blockd, format, image: image.to_owned(), server })
     }
 
@@ -165,9 +165,9 @@ impl Contender {
         File::open(&copy)?.sync_all()?;
         let disk = Disk::new(DISK, format.image(), copy.clone());
         let (served, aio) = start_rival(&folder(dir, "theirs", format)?, &disk, direct)?;
-        let mut link = Link::connect(&served.socket(DISK)?, 1, 1)?;
+        let mut link = Link::connect(&served.socket(DISK)?, 1)?;
         link.driver().sweep(Access::Read).context("qemu-storage-daemon reads what blockd wrote")?;
-        let server = Server::Daemon { link, served };
+        let server = Server::Daemon { link: Box::new(link), served };
         Ok((Self { who: Who::Rival, format, image: copy, server }, aio))
     }
 

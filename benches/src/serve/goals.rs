@@ -3,7 +3,6 @@
 use crate::drive::{Access, Wait};
 use crate::finding::Finding;
 use crate::plot::{Chart, Group};
-use crate::size::MIB;
 use crate::spread::{Bound, Goal, Spread, maybe_spread};
 use crate::table::{Table, number};
 
