@@ -117,7 +117,8 @@ impl Chart {
         for (index, bar) in group.bars.iter().enumerate() {
             let Some(bar) = bar else { continue };
             let (x, colour) = (first + slot * index as f64, COLOURS[index % COLOURS.len()]);
-            let (top, foot) = (at(bar.median), at(0.0));
+            let (highest, foot) = (at(f64::INFINITY), at(0.0));
+            let top = at(bar.median);
             let name = self.series.get(index).map_or("", String::as_str);
             writeln!(
                 svg,
@@ -137,9 +138,11 @@ impl Chart {
             )?;
             writeln!(
                 svg,
-                r#"<text class="value" x="{middle:.1}" y="{:.1}" text-anchor="middle">{}</text>"#,
+                r#"<text class="value" x="{middle:.1}" y="{:.1}" text-anchor="middle">{}{}</text>"#,
                 high.min(top) - 4.0,
-                number(bar.median)
+                number(bar.median),
+                // What is cut off at the end of the axis goes on beyond it.
+                if high <= highest { " ↑" } else { "" }
             )?;
         }
         if let Bound::AtLeast(bound) | Bound::AtMost(bound) = group.bound {
@@ -182,7 +185,11 @@ impl Chart {
             x + 22.0,
             y - 8.0
         )?;
-        writeln!(svg, r#"<text class="small" x="{}" y="{y}">least and most of the rounds</text>"#, x + 30.0)
+        writeln!(
+            svg,
+            r#"<text class="small" x="{}" y="{y}">least and most of the rounds; the number is the median</text>"#,
+            x + 30.0
+        )
     }
 }
 

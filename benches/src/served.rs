@@ -129,13 +129,18 @@ impl Served {
 
     fn wait_ready(&mut self, sockets: &[PathBuf]) -> Result<()> {
         let until = Instant::now() + PATIENCE;
-        while !sockets.iter().all(|socket| socket.exists()) {
+        while !(sockets.iter().all(|socket| socket.exists()) && self.answers()) {
             interrupt::check()?;
             ensure!(self.child.try_wait()?.is_none(), "{} ended while starting", self.program);
             ensure!(Instant::now() < until, "{} was not ready within {PATIENCE:?}", self.program);
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    /// Whether blockd's API answers, which tells that the sockets are listened on and not only there.
+    fn answers(&self) -> bool {
+        self.program != "blockd" || matches!(http::call(&self.api(), "GET", "/v1/disks", None), Ok((200, _)))
     }
 
     /// The vhost-user socket of a disk.

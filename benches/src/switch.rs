@@ -34,13 +34,13 @@ pub struct Switch {
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub count: u32,
     /// Size of the disk, all of which is filled
-    #[arg(long = "switch-size", default_value = "16M", value_parser = parse_size)]
+    #[arg(id = "switch-size", long = "switch-size", default_value = "16M", value_parser = parse_size)]
     pub size: u64,
     /// Requests a second of the guest: random pages, read and written in equal parts
-    #[arg(long = "switch-rate", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(id = "switch-rate", long = "switch-rate", default_value_t = 5000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub rate: u32,
     /// The two formats between which it goes to and fro, as raw:vhdx; repeatable
-    #[arg(long = "switch-pair", value_parser = parse_pair, default_values = ["vhdx:vhdx", "raw:vhdx"])]
+    #[arg(id = "switch-pair", long = "switch-pair", value_parser = parse_pair, default_values = ["vhdx:vhdx", "raw:vhdx"])]
     pub pairs: Vec<(Kind, Kind)>,
 }
 

@@ -16,14 +16,10 @@ use crate::table::{Table, number};
 
 use super::Ask;
 
-/// Idle disks, besides the first.
-const IDLE: u64 = 64;
 /// Bytes for the data of a queue's requests.
 const POOL: u64 = 256 << 10;
 /// The largest VHDX.
 const HUGE: u64 = 64 << 40;
-/// Pages that are written and read all over it.
-const PLACES: u64 = 20_000;
 
 /// Measures both.
 pub fn run(ask: &mut Ask<'_>) -> Result<()> {
@@ -38,15 +34,15 @@ pub fn run(ask: &mut Ask<'_>) -> Result<()> {
 }
 
 fn idle(ask: &mut Ask<'_>, table: &mut Table) -> Result<()> {
-    let base = ask.common.memory_dir();
+    let (base, idle) = (ask.common.memory_dir(), u64::from(ask.scale.idle_disks));
     for connected in [false, true] {
-        let (one, many) = (resident(&base, 1, connected)?, resident(&base, IDLE + 1, connected)?);
+        let (one, many) = (resident(&base, 1, connected)?, resident(&base, idle + 1, connected)?);
         let state = if connected { "with rings that run" } else { "without a front end" };
-        let each = many.saturating_sub(one) as f64 / IDLE as f64 / MIB as f64;
+        let each = many.saturating_sub(one) as f64 / idle as f64 / MIB as f64;
         table.row([format!("1 idle VHDX {state}"), mib(one)]);
-        table.row([format!("{} idle VHDX {state}", IDLE + 1), mib(many)]);
+        table.row([format!("{} idle VHDX {state}", idle + 1), mib(many)]);
         add_goal(ask, "memory", format!("each idle disk {state}"), each, 2.0);
-        ask.figures.insert(format!("idle disks {state}"), json!({"1": one, (IDLE + 1).to_string(): many}));
+        ask.figures.insert(format!("idle disks {state}"), json!({"1": one, (idle + 1).to_string(): many}));
     }
     Ok(())
 }
@@ -84,14 +80,15 @@ fn huge(ask: &mut Ask<'_>, table: &mut Table, block_size: Option<u32>) -> Result
     let opened = process::resident_bytes(served.pid())?;
     let driver = link.driver();
     let pattern = Pattern { random: true, access: Access::Write, block: PAGE, depth: 32 };
-    let stride = driver.pages() / PLACES;
-    let mut places = (0..PLACES).map(|n| n * stride);
+    let count = u64::from(ask.scale.places);
+    let stride = driver.pages() / count;
+    let mut places = (0..count).map(|n| n * stride);
     driver.run_while(&pattern, Wait::Sleep, |_, _| places.next())?;
     driver.flush(Wait::Sleep)?;
-    driver.check(&pattern, (0..PLACES).map(|n| n * stride))?;
+    driver.check(&pattern, (0..count).map(|n| n * stride))?;
     let used = process::resident_bytes(served.pid())?;
     table.row([format!("a VHDX of 64 TiB, blocks of {block}, opened"), mib(opened)]);
-    table.row([format!("the same after {PLACES} pages all over it were written and read"), mib(used)]);
+    table.row([format!("the same after {count} pages all over it were written and read"), mib(used)]);
     ask.figures.insert(format!("64 TiB, blocks of {block}"), json!({"opened": opened, "used": used}));
     let name = format!("a VHDX of 64 TiB with blocks of {block}");
     add_goal(ask, "memory", name, opened.max(used) as f64 / MIB as f64, 64.0);

@@ -34,6 +34,12 @@ pub struct Scale {
     /// Size of each disk that is moved, all of which is filled
     #[arg(long, default_value = "64M", value_parser = parse_size)]
     pub move_size: u64,
+    /// Idle disks, besides one, to measure what each takes
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub idle_disks: u32,
+    /// Pages all over an image of 64 TiB that are written and read
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub places: u32,
 }
 
 /// What all parts need.

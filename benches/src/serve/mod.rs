@@ -30,7 +30,7 @@ use contender::{Contender, Round, Who};
 #[derive(Debug, Clone, Args)]
 pub struct Serve {
     /// Size of each disk, all of which is held
-    #[arg(long = "disk-size", default_value = "1G", value_parser = parse_size)]
+    #[arg(id = "disk-size", long = "disk-size", default_value = "1G", value_parser = parse_size)]
     pub size: u64,
     /// Format of an image; repeatable
     #[arg(long = "format", value_enum, default_values = ["raw", "vhdx", "vhd"])]
