@@ -15,7 +15,7 @@ use crate::machine::Machine;
 use crate::report::Comparison;
 use crate::scale::{self, Scale};
 use crate::serve::{self, Place, Serve};
-use crate::size::{GIB, parse_size};
+use crate::size::{parse_size, show_size};
 use crate::switch::{self, Switch};
 use crate::table::{Table, number};
 use crate::{interrupt, moving, plot, thin};
@@ -256,16 +256,16 @@ fn answer(part: Part, all: &All, memory: &Common, results: &mut Results) -> Resu
             let thin = thin::Thin { size: all.thin_size, held: all.thin_held, format: all.thin_format };
             results.add(thin::run(&all.common, thin)?);
         }
-        Part::Chain => results.add_finding(chains(memory, effort)?),
+        Part::Chain => results.add_finding(chains(memory, effort, all.serve.size)?),
         Part::Switch => results.add_finding(switch::run(memory, &all.switch)?),
         Part::Scale => results.add_finding(scale::run(memory, &all.scale, effort)?),
     }
     Ok(())
 }
 
-fn chains(common: &Common, effort: Effort) -> Result<Finding> {
+fn chains(common: &Common, effort: Effort, size: u64) -> Result<Finding> {
     let chains = Chains {
-        size: GIB,
+        size,
         format: Kind::Vhdx,
         lengths: vec![1, 4, 16],
         depth: 32,
@@ -282,7 +282,8 @@ fn chains(common: &Common, effort: Effort) -> Result<Finding> {
         let relative = format!("{} ({}–{})", number(median), number(least), number(most));
         table.row([answer.images.to_string(), number(rates[rates.len() / 2]), relative]);
     }
-    finding.tables.push(("Random 4 KiB reads, depth 32, VHDX of 1 GiB".into(), table));
+    let heading = format!("Random 4 KiB reads, depth 32, a VHDX of {} that is full", show_size(size));
+    finding.tables.push((heading, table));
     finding.figures = json!(answers);
     Ok(finding)
 }

@@ -102,7 +102,9 @@ fn patterns() -> Vec<(Pattern, Wait)> {
         }
     }
     for access in [Access::Read, Access::Write] {
-        all.push((Pattern { random: false, access, block: 128 << 10, depth: 8 }, Wait::Poll));
+        for wait in [Wait::Poll, Wait::Sleep] {
+            all.push((Pattern { random: false, access, block: 128 << 10, depth: 8 }, wait));
+        }
     }
     all
 }
@@ -246,7 +248,7 @@ mod tests {
     #[test]
     fn every_pattern_has_a_name_of_its_own() {
         let names: std::collections::BTreeSet<_> = patterns().iter().map(|(p, w)| name_of(p, *w)).collect();
-        assert_eq!(names.len(), 10);
+        assert_eq!(names.len(), 12);
         assert!(names.contains("random 4 KiB read, depth 32, poll"));
         assert!(names.contains("sequential 128 KiB write, depth 8, poll"));
     }
