@@ -1,11 +1,12 @@
 //! What the subcommands ask of the user in common.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 use system_tests::Image;
+use tempfile::TempDir;
 
 use crate::report::{Comparison, Moved};
 use crate::server::Contender;
@@ -66,7 +67,8 @@ pub enum RivalChoice {
 /// Where, how exactly and against whom.
 #[derive(Debug, Clone, Args)]
 pub struct Common {
-    /// Folder in which a temporary one is made; removed at the end [default: the system's folder for such]
+    /// Folder in which a temporary one is made; removed at the end [default: the system's folder for such; /dev/shm for
+    /// serve, first-writes, switch and scale]
     #[arg(long)]
     pub dir: Option<PathBuf>,
     /// Whether to measure qemu-storage-daemon beside blockd
@@ -86,6 +88,20 @@ impl Common {
         self.dir.clone().unwrap_or_else(std::env::temp_dir)
     }
 
+    /// The folder to work in where the question is about what happens in memory.
+    pub fn memory_dir(&self) -> PathBuf {
+        self.dir.clone().unwrap_or_else(|| "/dev/shm".into())
+    }
+
+    /// Makes a folder in `base` that goes away when it is dropped.
+    ///
+    /// # Errors
+    /// When `base` can't be used.
+    pub fn folder_in(base: &Path) -> Result<TempDir> {
+        let made = tempfile::Builder::new().prefix("blockd-bench-").tempdir_in(base);
+        made.with_context(|| format!("make a folder in {}: give another with --dir", base.display()))
+    }
+
     /// How long the rival may take.
     pub fn patience(&self) -> Duration {
         Duration::from_secs(self.patience)
@@ -100,6 +116,38 @@ impl Common {
             ["qemu-storage-daemon", "qemu-img"].into_iter().find(|program| !machine::is_there(program));
         missing.map(|program| format!("{program} is not on the PATH (package qemu-utils)"))
     }
+}
+
+/// How much is done for each figure.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct Effort {
+    /// Rounds; each runs every contender once
+    #[arg(long, default_value_t = 5, value_parser = parse_rounds)]
+    pub rounds: usize,
+    /// Seconds of a contender's turn
+    #[arg(long, default_value_t = 2.0, value_parser = parse_seconds)]
+    pub seconds: f64,
+}
+
+impl Effort {
+    /// A contender's turn.
+    pub fn time(&self) -> Duration {
+        Duration::from_secs_f64(self.seconds)
+    }
+}
+
+/// A number of rounds.
+///
+/// # Errors
+/// What is possible.
+pub fn parse_rounds(text: &str) -> Result<usize, String> {
+    let rounds = text.parse().ok().filter(|rounds| (1..=1000).contains(rounds));
+    rounds.ok_or_else(|| format!("`{text}` is no number of rounds: give 1 to 1000"))
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.01..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| format!("`{text}` is no time: give seconds, 0.01 to 3600"))
 }
 
 /// Fails unless a disk can have this size and be worked through in pieces.
@@ -158,6 +206,13 @@ mod tests {
         for wrong in ["vhd", "vhd:", "vhd:qcow2", ""] {
             assert!(parse_pair(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn effort_is_bounded() {
+        assert_eq!(parse_rounds("5"), Ok(5));
+        assert_eq!(parse_seconds("0.2"), Ok(0.2));
+        assert!(parse_rounds("0").is_err() && parse_seconds("0").is_err() && parse_seconds("NaN").is_err());
     }
 
     #[test]

@@ -33,6 +33,8 @@ pub struct Machine {
     pub blockd: String,
     /// What `qemu-storage-daemon --version` says, when it is there.
     pub rival: Option<String>,
+    /// What `fio --version` says, when it is there.
+    pub fio: Option<String>,
 }
 
 impl Machine {
@@ -59,7 +61,25 @@ impl Machine {
                 "blockd does not run: build it (cargo build --release -p blockd) or set BLOCKD_BIN",
             )?,
             rival: version(Path::new("qemu-storage-daemon")).ok(),
+            fio: version(Path::new("fio")).ok(),
         })
+    }
+
+    /// No machine at all.
+    #[cfg(test)]
+    pub fn unknown() -> Self {
+        Self {
+            processor: String::new(),
+            cores: 1,
+            memory_bytes: 0,
+            kernel: String::new(),
+            file_system: String::new(),
+            device: String::new(),
+            busy: 0.0,
+            blockd: String::new(),
+            rival: None,
+            fio: None,
+        }
     }
 
     /// A warning when others use the machine, which makes figures worthless.
@@ -85,6 +105,7 @@ impl std::fmt::Display for Machine {
         )?;
         writeln!(f, "* Kernel {}, {} on {}", self.kernel, self.file_system, self.device)?;
         writeln!(f, "* {}", self.blockd)?;
+        writeln!(f, "* {}", self.fio.as_deref().unwrap_or("no fio on the PATH"))?;
         writeln!(f, "* {}", self.rival.as_deref().unwrap_or("no qemu-storage-daemon on the PATH"))?;
         match self.warning() {
             Some(warning) => writeln!(f, "* **{warning}**"),
@@ -100,6 +121,12 @@ fn gib(bytes: u64) -> f64 {
 /// Whether a program answers to `--version`.
 pub fn is_there(program: &str) -> bool {
     version(Path::new(program)).is_ok()
+}
+
+/// The last word of what a program answers to `--version`; `?` when there is none.
+pub fn version_of(program: &str) -> String {
+    let said = version(Path::new(program)).unwrap_or_default();
+    said.split_whitespace().last().map_or("?", |word| word.trim_start_matches(&format!("{program}-"))).into()
 }
 
 fn version(program: &Path) -> Result<String> {

@@ -1,47 +1,66 @@
-//! `blockd-bench`: what moves cost, beside what would be used instead.
+//! `blockd-bench`: what blockd costs and how fast it is, beside what would be used instead.
 //!
 //! ```text
-//!   moving, thin, all      the questions (and chain: reads alone, by a guest of its own)
-//!         │
-//!       trial              one move by one contender: fill, load, move, verify
-//!       │   │
-//!     load  server         the guest; who serves: blockd (events), rival (qmp)
-//!         │
-//!    report, table         figures and tables, with the machine they are of
+//!   all                          every question, as a page with figures and a plot (finding, spread, plot)
+//!    │
+//!    ├── serve, first_writes,    load alone: daemons (served) behind a lean front end (drive), fio, syncs counted
+//!    │   scale, switch           (sync_count); a finding has tables, and goals to hold its ratios against
+//!    │
+//!    └── moving, thin            one move by each contender
+//!          │                     (chain: reads alone, by a guest of its own)
+//!        trial                   one move: fill, load, move, verify
+//!        │   │
+//!      load  server              the guest that knows every sector; who serves: blockd (events), rival (qmp)
+//!          │
+//!        report, table           figures and tables, with the machine they are of
 //! ```
 //!
-//! A figure counts only if the data was right: every read is checked while the disk moves, every sector afterwards, and
-//! the program ends with 1 when anything was wrong. Run it from a release build, with blockd beside it or in `BLOCKD_BIN`.
+//! A figure counts only if the data was right: moved disks are checked read by read and sector by sector, served ones before,
+//! during (in samples) and after the rounds, and the program ends with 1 when anything was wrong. Run it from a release build,
+//! with blockd beside it or in `BLOCKD_BIN`.
 #![forbid(unsafe_code)]
 
 mod all;
 mod blockd;
 mod chain;
 mod choice;
+mod drive;
 mod events;
+mod finding;
+mod fio;
+mod first_writes;
 mod interrupt;
 mod load;
 mod machine;
 mod moving;
+mod plot;
 mod process;
 mod qmp;
 mod report;
 mod rival;
+mod scale;
+mod serve;
+mod served;
 mod server;
 mod size;
+mod spread;
+mod switch;
+mod sync_count;
 mod table;
 mod thin;
 mod trial;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use all::Results;
+use all::{All, Results};
 use chain::Chains;
-use choice::{Common, Kind, parse_pair};
+use choice::{Common, Effort, Kind, parse_rounds};
+use finding::Finding;
+use serve::Place;
 use size::parse_size;
 use thin::Thin;
 
@@ -59,6 +78,56 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Question {
+    /// Full disks are served: requests, processor time and latency, in memory and on a disk
+    Serve {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        serve: serve::Serve,
+        #[command(flatten)]
+        effort: Effort,
+        /// The same on a real disk: a folder there; --dir is left out then
+        #[arg(long)]
+        disk_dir: Option<PathBuf>,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// Fresh dynamic images are written to, beside qemu-storage-daemon
+    FirstWrites {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        writes: first_writes::FirstWrites,
+        /// Rounds; each has one trial of every contender
+        #[arg(long, default_value_t = 5, value_parser = parse_rounds)]
+        rounds: usize,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// A small disk is switched from image to image, a thousand times
+    Switch {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        switch: switch::Switch,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// blockd alone with more disks, more queues and larger images
+    Scale {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        scale: scale::Scale,
+        #[command(flatten)]
+        effort: Effort,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
     /// A full disk is moved under a busy guest
     Move {
         #[command(flatten)]
@@ -118,28 +187,9 @@ enum Question {
         #[arg(long)]
         json: Option<PathBuf>,
     },
-    /// Everything, as a document
-    All {
-        #[command(flatten)]
-        common: Common,
-        #[command(flatten)]
-        load: moving::Load,
-        /// Size of the thin disk
-        #[arg(long, default_value = "64G", value_parser = parse_size)]
-        thin_size: u64,
-        /// What the thin disk holds, in 16 pieces
-        #[arg(long, default_value = "1G", value_parser = parse_size)]
-        thin_held: u64,
-        /// The thin disk's format, which it keeps
-        #[arg(long, value_enum, default_value = "vhdx")]
-        thin_format: Kind,
-        /// Formats of source and target, as vhd:vhdx; repeatable
-        #[arg(long = "pair", value_parser = parse_pair, default_values = ["vhd:vhdx", "vhdx:vhdx", "raw:raw"])]
-        pairs: Vec<(Kind, Kind)>,
-        /// The document; the figures go beside it, with the ending .json
-        #[arg(long)]
-        out: PathBuf,
-    },
+    /// Everything, as a page with its figures and a plot beside it
+    #[command(visible_alias = "all")]
+    Results(Box<All>),
 }
 
 fn main() -> ExitCode {
@@ -161,6 +211,19 @@ fn main() -> ExitCode {
 fn answer(question: Question) -> Result<bool> {
     interrupt::install()?;
     let sound = match question {
+        Question::Serve { common, serve, effort, disk_dir, json } => {
+            let place = disk_dir.map_or_else(|| Place::Memory(common.memory_dir()), Place::Disk);
+            tell(place.dir(), json, || serve::run(&common, &serve, effort, &place))?
+        }
+        Question::FirstWrites { common, writes, rounds, json } => {
+            tell(&common.memory_dir(), json, || first_writes::run(&common, &writes, rounds))?
+        }
+        Question::Switch { common, switch, json } => {
+            tell(&common.memory_dir(), json, || switch::run(&common, &switch))?
+        }
+        Question::Scale { common, scale, effort, json } => {
+            tell(&common.memory_dir(), json, || scale::run(&common, &scale, effort))?
+        }
         Question::Move { common, load, from, to, json } => {
             let mut results = Results::new(&common)?;
             println!("{}", results.machine);
@@ -184,17 +247,18 @@ fn answer(question: Question) -> Result<bool> {
             }
             true
         }
-        Question::All { common, load, thin_size, thin_held, thin_format, pairs, out } => {
-            let thin = Thin { size: thin_size, held: thin_held, format: thin_format };
-            let mut results = Results::new(&common)?;
-            let outcome = all::run(&mut results, &common, &load, &pairs, thin);
-            // What was measured before a failure is kept.
-            results.write_document(&out)?;
-            outcome?;
-            results.is_sound()
-        }
+        Question::Results(all) => all::run(&all)?,
     };
     Ok(sound)
+}
+
+/// Prints an answer, with the machine that it is of, and keeps its figures.
+fn tell(dir: &Path, json: Option<PathBuf>, ask: impl FnOnce() -> Result<Finding>) -> Result<bool> {
+    let mut results = Results::in_dir(dir)?;
+    println!("{}", results.machine);
+    results.add_finding(ask()?);
+    json.map_or(Ok(()), |path| results.write_json(&path))?;
+    Ok(results.is_sound())
 }
 
 #[cfg(test)]
@@ -209,10 +273,11 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_questions() {
-        let cli = Cli::try_parse_from(["blockd-bench", "all", "--out", "results.md"]).unwrap();
-        let Question::All { load, pairs, thin_size, .. } = cli.question else { panic!("another question") };
-        assert_eq!((load.size, load.rate, load.depth, thin_size), (4 << 30, 5000, 32, 64 << 30));
-        assert_eq!(pairs[0], (Kind::Vhd, Kind::Vhdx));
+    fn everything_has_defaults_but_the_page() {
+        for name in ["results", "all"] {
+            let cli = Cli::try_parse_from(["blockd-bench", name, "--out", "results.md"]).unwrap();
+            assert!(matches!(cli.question, Question::Results(_)));
+        }
+        assert!(Cli::try_parse_from(["blockd-bench", "results"]).is_err());
     }
 }

@@ -1,9 +1,11 @@
 //! What the kernel tells of a process: processor time, and how it holds its files.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::unistd::{SysconfVar, sysconf};
+use nix::time::clock_getcpuclockid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 /// Seconds of processor time that a process has used, in user and kernel mode, all threads (proc(5), `stat`).
 ///
@@ -23,6 +25,28 @@ fn cpu_ticks(stat: &str) -> Option<u64> {
     let mut fields = fields.split_whitespace().skip(11);
     let (user, kernel): (u64, u64) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
     Some(user + kernel)
+}
+
+/// As [`cpu_seconds`], to the nanosecond instead of the clock tick: the process's own clock, threads that have ended included.
+///
+/// # Errors
+/// When the process is gone.
+pub fn cpu_clock(pid: u32) -> Result<Duration> {
+    let gone = || format!("process {pid} is gone: look into the server's log");
+    let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?)).with_context(gone)?;
+    Ok(clock.now().with_context(gone)?.into())
+}
+
+/// Bytes of memory that a process has in use, shared ones included (proc(5), `VmRSS`).
+///
+/// # Errors
+/// When the process is gone.
+pub fn resident_bytes(pid: u32) -> Result<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .with_context(|| format!("process {pid} is gone: look into the server's log"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    Ok(kib.with_context(|| format!("/proc/{pid}/status tells no VmRSS"))? << 10)
 }
 
 /// Whether a process holds a file open past the page cache (O_DIRECT); `None` when it does not hold it open.
@@ -57,7 +81,13 @@ mod tests {
 
     #[test]
     fn this_process_uses_processor_time() {
-        assert!(cpu_seconds(std::process::id()).unwrap() >= 0.0);
+        let pid = std::process::id();
+        assert!(cpu_seconds(pid).unwrap() >= 0.0);
+        let before = cpu_clock(pid).unwrap();
+        let spin = std::time::Instant::now();
+        while spin.elapsed() < Duration::from_millis(2) {}
+        assert!(cpu_clock(pid).unwrap() > before);
+        assert!(resident_bytes(pid).unwrap() > 4096);
     }
 
     #[test]

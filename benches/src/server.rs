@@ -156,7 +156,10 @@ pub fn serve(contender: Contender, dir: &Path, plan: &Plan) -> Result<(PathBuf, 
 }
 
 /// Makes an empty image; with qemu-img when it is there, so that both contenders get the same.
-fn create(kind: Image, path: &Path, size: u64) -> Result<()> {
+///
+/// # Errors
+/// When the file can't be made.
+pub fn create(kind: Image, path: &Path, size: u64) -> Result<()> {
     if machine::is_there("qemu-img") {
         return kind.create(path, size);
     }

@@ -238,13 +238,17 @@ fn check_format(
 
 /// A load in a thread of its own.
 #[derive(Debug)]
-struct Running {
+pub struct Running {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<(Load, Result<()>)>,
 }
 
 impl Running {
-    fn start(mut load: Load, pace: Pace) -> Result<Self> {
+    /// Starts the random load.
+    ///
+    /// # Errors
+    /// When there is no thread for it.
+    pub fn start(mut load: Load, pace: Pace) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let theirs = stop.clone();
         let thread = std::thread::Builder::new().name("guest".into()).spawn(move || {
@@ -254,12 +258,20 @@ impl Running {
         Ok(Self { stop, thread })
     }
 
-    fn check(&self) -> Result<()> {
+    /// Fails when it has ended by itself.
+    ///
+    /// # Errors
+    /// That it has; [`Running::stop`] tells why.
+    pub fn check(&self) -> Result<()> {
         ensure!(!self.thread.is_finished(), "the load has ended");
         Ok(())
     }
 
-    fn stop(self) -> Result<Load> {
+    /// Ends it and hands it back.
+    ///
+    /// # Errors
+    /// What has stopped it before.
+    pub fn stop(self) -> Result<Load> {
         self.stop.store(true, Ordering::Release);
         match self.thread.join() {
             Ok((load, Ok(()))) => Ok(load),

@@ -44,6 +44,94 @@ fn a_small_move_is_measured_and_leaves_nothing_behind() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "something was left behind");
 }
 
+#[expect(clippy::unwrap_used, reason = "what fails here fails the test")]
+/// Runs a question with a folder of its own and returns its figures; `None` where blockd is not built.
+fn ask(arguments: &[&str]) -> Option<serde_json::Value> {
+    if let Err(error) = system_tests::daemon::binary("blockd", "BLOCKD_BIN") {
+        println!("SKIPPED: {error:#}");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let json = tempfile::NamedTempFile::new().unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(arguments)
+        .arg("--dir")
+        .arg(dir.path())
+        .arg("--json")
+        .arg(json.path())
+        .output()
+        .unwrap();
+    let (said, complained) =
+        (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}\n{complained}");
+    println!("{said}");
+    assert_eq!(walk(dir.path()), Vec::<PathBuf>::new(), "something was left behind");
+    let results: serde_json::Value = serde_json::from_slice(&std::fs::read(json.path()).unwrap()).unwrap();
+    Some(results["findings"][0].clone())
+}
+
+#[test]
+fn serving_is_measured_for_every_format_whoever_else_is_installed() {
+    let arguments =
+        ["serve", "--disk-size", "16M", "--rounds", "1", "--seconds", "0.2", "--pattern", "depth 32, poll"];
+    let Some(finding) = ask(&arguments) else { return };
+    let figures = finding["figures"].as_array().unwrap();
+    assert_eq!(figures.len(), 2, "random reads and writes");
+    for set in figures {
+        let contenders = set["contenders"].as_array().unwrap();
+        let ours: Vec<_> = contenders.iter().filter(|line| line["who"] == "blockd").collect();
+        let formats: Vec<_> = ours.iter().map(|line| line["format"].as_str().unwrap()).collect();
+        assert_eq!(formats, ["raw", "vhdx", "vhd"]);
+        for line in ours {
+            let round = &line["rounds"][0];
+            assert!(round["requests"].as_u64().unwrap() > 100, "{round}");
+            assert!(round["cpu_s"].as_f64().unwrap() > 0.0, "{round}");
+            let [p50, p99, max] = [0, 1, 2].map(|index| round["latency_us"][index].as_f64().unwrap());
+            assert!(0.0 < p50 && p50 <= p99 && p99 <= max, "{round}");
+        }
+    }
+    let goals = finding["goals"].as_array().unwrap();
+    assert!(goals.iter().any(|goal| goal["what"] == "requests/s, vhdx ÷ raw"), "{goals:?}");
+}
+
+#[test]
+fn first_writes_are_measured_and_checked() {
+    let arguments =
+        ["first-writes", "--sequential", "16M", "--scattered", "2M", "--rounds", "1", "--rival", "none"];
+    let Some(finding) = ask(&arguments) else { return };
+    let cases = finding["figures"].as_array().unwrap();
+    assert_eq!(cases.len(), 8);
+    for case in cases {
+        let trial = &case["blockd"][0];
+        let bytes = if case["case"].as_str().unwrap().contains("random") { 2 << 20 } else { 16 << 20 };
+        let block = if case["case"].as_str().unwrap().contains("random") { 4 << 10 } else { 128 << 10 };
+        assert_eq!(trial["writes"], bytes / block, "{case}");
+        assert!(trial["flushes"].as_u64().unwrap() > 0, "{case}");
+    }
+}
+
+#[test]
+fn switches_to_and_fro_are_counted_one_by_one() {
+    let arguments = ["switch", "--count", "6", "--switch-size", "4M", "--switch-pair", "raw:vhdx"];
+    let Some(finding) = ask(&arguments) else { return };
+    let switches = finding["figures"][0]["switches"].as_array().unwrap().clone();
+    assert_eq!(switches.len(), 6);
+    for one in switches {
+        let us = |name: &str| one[name].as_f64().unwrap();
+        assert!(us("committed_us") > 0.0 && us("committed_us") <= us("done_us"), "{one}");
+    }
+}
+
+#[test]
+fn scale_is_measured_with_all_its_parts() {
+    let small = ["scale", "--disks", "2", "--queues", "2", "--moves", "2", "--move-size", "4M"];
+    let smaller = ["--idle-disks", "2", "--places", "50", "--rounds", "1", "--seconds", "0.1"];
+    let Some(finding) = ask(&[&small[..], &smaller[..]].concat()) else { return };
+    let figures = finding["figures"].as_object().unwrap();
+    assert_eq!(figures["disks"].as_array().unwrap().len(), 2);
+    assert_eq!(figures["moves at once"][0]["seconds"].as_array().unwrap().len(), 2);
+}
+
 #[test]
 fn a_disk_that_does_not_fit_is_refused_with_a_way_out() {
     if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
