@@ -21,8 +21,8 @@ mod kick;
 mod local;
 pub mod mailbox;
 mod queue;
-mod request;
-mod slot;
+pub mod request;
+pub mod slot;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
