@@ -1,10 +1,14 @@
 //! Copying and comparing whole images: synchronous, thin, for images that nothing else writes.
 //!
 //! ```text
-//!   reader thread:  next_extent ─► skip what is absent or zero ─► read 1 MiB ─► find zeroes ─┐
-//!   caller's thread:  progress ◄── write the rest through the target's map ◄── few buffers ◄─┘
-//!   flusher thread:   sync every 128 MiB
+//!   planner:          next_extent ─► what is absent or zero ───────────────────────────┐
+//!                                └─► up to 1 MiB that may hold something ─┐            │
+//!   copiers (a few):  share its blocks, or read ─► find zeroes ─► write ◄─┘            │
+//!   caller's thread:  progress ◄── what was done ◄──────────────────────┴──────────────┘
+//!   flusher:          sync every 128 MiB
 //! ```
+//!
+//! Several copiers keep the disk busy with reads and writes at the same time.
 //!
 //! Nothing is written for what the source does not hold or holds as zeroes, so the target, which has to be fresh, gets
 //! no space for it, whatever the two formats.
@@ -12,21 +16,25 @@
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
+use crate::payload_files::{PageBuffer, PayloadFiles, Shared, share_payload};
 use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place, ZeroMode};
 
 /// What is read or compared at a time, in bytes.
 const CHUNK: u64 = 1 << 20;
-/// Chunks between the reader and the writer: what the copy holds in memory at most, times [`CHUNK`].
-const CHUNKS_AHEAD: usize = 8;
+/// Threads that copy, each of which reads or writes one [`CHUNK`] at a time.
+const COPIERS: usize = 6;
+/// Chunks that are planned ahead.
+const CHUNKS_AHEAD: usize = 16;
 /// How much is written before the next sync beside the writing, in bytes.
 const FLUSH_EVERY: u64 = 128 << 20;
 /// The granule in which zeroes are found, in bytes: 16 KiB keeps more holes than the usual 64 KiB and still writes long
 /// runs.
 const ZERO_GRANULE: usize = 16 << 10;
 /// Threads that compare.
-const COMPARERS: usize = 2;
+const COMPARERS: usize = 4;
 
 /// How far a copy or a comparison is. All in bytes of the virtual disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -128,7 +136,7 @@ pub fn write_payload(image: &dyn Image, offset: u64, data: &[u8]) -> Result<(), 
     image.wrote(at)
 }
 
-fn no_parent() -> ImageError {
+pub(crate) fn no_parent() -> ImageError {
     ImageError::new(ErrorKind::Parent, "a differencing image can't be read without its parent")
 }
 
@@ -151,16 +159,22 @@ pub fn zero_payload(image: &dyn Image, offset: u64, len: u64) -> Result<(), Imag
     image.wrote(at)
 }
 
-/// What the reader hands over.
+/// What is next on a disk.
 enum Chunk {
-    /// Content at this offset.
-    Data(u64, Vec<u8>),
+    /// So many bytes at this offset, which may hold something.
+    Data(u64, u64),
     /// So many bytes at this offset that a layer holds as zeroes, whatever its parent has there.
     Zero(u64, u64),
     /// So many bytes that need nothing.
     Nothing(u64),
-    /// The source failed.
-    Failed(ImageError),
+}
+
+impl Chunk {
+    fn len(&self) -> u64 {
+        match self {
+            Self::Data(_, len) | Self::Zero(_, len) | Self::Nothing(len) => *len,
+        }
+    }
 }
 
 /// Copies all of `source` to `target`, which has to read as zeroes and be no smaller, and makes the copy durable. The
@@ -175,13 +189,7 @@ pub fn copy(
     progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
 ) -> Result<CopyOutcome, CopyError> {
     let grid = common_grid(source, target);
-    copy_chunks(
-        source,
-        target,
-        false,
-        &|at, size, buffers| next_chunk(source, at, size, grid, buffers),
-        progress,
-    )
+    copy_chunks(source, target, false, &|at, size| next_chunk(source, at, size, grid), progress)
 }
 
 /// Copies what the layer `source` has of its own, zeroes included, to `target`, and leaves the rest to the parents of both,
@@ -199,11 +207,17 @@ pub fn copy_layer(
         let message = format!("its sectors have {} bytes, and the source's have {}", sectors[1], sectors[0]);
         return Err(CopyError::Target(ImageError::new(ErrorKind::InvalidParameter, message)));
     }
-    copy_chunks(source, target, true, &|at, _, buffers| next_own_chunk(source, at, buffers), progress)
+    copy_chunks(source, target, true, &|at, _| next_own_chunk(source, at), progress)
 }
 
 /// What comes next at an offset of a disk of this size.
-type NextChunk<'a> = &'a (dyn Fn(u64, u64, &Receiver<Vec<u8>>) -> Result<Chunk, ImageError> + Sync);
+type NextChunk<'a> = &'a (dyn Fn(u64, u64) -> Result<Chunk, ImageError> + Sync);
+
+/// What was done with a chunk, in bytes.
+struct Done {
+    written: u64,
+    zero: u64,
+}
 
 fn copy_chunks(
     source: &dyn Image,
@@ -215,74 +229,168 @@ fn copy_chunks(
     let size = source.geometry().virtual_size;
     fits(size, target).map_err(CopyError::Target)?;
     let mut now = CopyProgress { bytes_total: size, ..CopyProgress::default() };
+    let copying = Copying {
+        source: PayloadFiles::of(source),
+        target: PayloadFiles::of(target),
+        keep_zeroes,
+        shares: AtomicBool::new(true),
+        writing: RwLock::new(()),
+        upkeep: Mutex::new(()),
+    };
     thread::scope(|scope| {
-        let (full, chunks) = sync_channel(CHUNKS_AHEAD);
-        let (spent, buffers) = sync_channel(CHUNKS_AHEAD + 2);
+        let (planned, chunks) = sync_channel(CHUNKS_AHEAD);
+        let (done, ends) = sync_channel(CHUNKS_AHEAD);
         let (grown, rounds) = sync_channel(1);
-        scope.spawn(move || read_all(size, next, &full, &buffers));
+        // The copiers own the end of the plan: when the last one goes, the planner goes too.
+        let chunks = Arc::new(Mutex::new(chunks));
+        for _ in 0..COPIERS {
+            let (chunks, done, copying) = (chunks.clone(), done.clone(), &copying);
+            scope.spawn(move || copying.run(&chunks, &done));
+        }
+        drop(chunks);
+        scope.spawn(move || plan(size, next, &planned, &done));
         let flusher = scope.spawn(move || flush_now_and_then(target, &rounds));
-        let mut to = Writing { target, keep_zeroes, spent, grown, unflushed: 0 };
-        let copied = to.write_all(chunks, &mut now, progress);
-        let Writing { grown, .. } = to;
+        let copied = follow(ends, &grown, &mut now, progress);
         drop(grown);
         let flushed = flusher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         copied.and(flushed.map_err(CopyError::Target))
     })?;
-    assert_eq!(now.bytes_done, size, "the reader goes through the whole disk");
+    assert_eq!(now.bytes_done, size, "the plan covers the whole disk");
     target.commit().map_err(CopyError::Target)?;
     Ok(CopyOutcome { bytes_copied: now.bytes_copied, bytes_zero: now.bytes_zero })
 }
 
-/// The writing side of a copy.
-struct Writing<'a> {
-    target: &'a dyn Image,
-    /// Zeroes are written too: they hide what a parent has.
-    keep_zeroes: bool,
-    spent: SyncSender<Vec<u8>>,
-    grown: SyncSender<()>,
-    unflushed: u64,
+/// Takes note of what is done, until all is or something fails. Returning drops `ends`, which ends the copiers.
+fn follow(
+    ends: Receiver<Result<Done, CopyError>>,
+    grown: &SyncSender<()>,
+    now: &mut CopyProgress,
+    progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
+) -> Result<(), CopyError> {
+    let mut unflushed = 0;
+    for end in ends {
+        let Done { written, zero } = end?;
+        now.bytes_copied += written;
+        now.bytes_zero += zero;
+        now.bytes_done += written + zero;
+        unflushed += written;
+        // A flusher that is busy is asked again with the next chunk.
+        if unflushed >= FLUSH_EVERY && grown.try_send(()).is_ok() {
+            unflushed = 0;
+        }
+        if progress(*now).is_break() {
+            return Err(CopyError::Cancelled);
+        }
+    }
+    Ok(())
 }
 
-impl Writing<'_> {
-    /// Writes what the reader hands over. Returning drops `chunks`, which ends the reader.
-    fn write_all(
-        &mut self,
-        chunks: Receiver<Chunk>,
-        now: &mut CopyProgress,
-        progress: &mut dyn FnMut(CopyProgress) -> ControlFlow<()>,
-    ) -> Result<(), CopyError> {
-        for chunk in chunks {
-            match chunk {
-                Chunk::Nothing(len) => {
-                    now.bytes_zero += len;
-                    now.bytes_done += len;
+/// Goes through the disk, in order, until its end or until nobody listens any more.
+fn plan(
+    size: u64,
+    next: NextChunk<'_>,
+    planned: &SyncSender<Chunk>,
+    done: &SyncSender<Result<Done, CopyError>>,
+) {
+    let mut offset = 0;
+    while offset < size {
+        let is_heard = match next(offset, size) {
+            Ok(chunk) => {
+                offset += chunk.len();
+                match chunk {
+                    Chunk::Nothing(zero) => done.send(Ok(Done { written: 0, zero })).is_ok(),
+                    chunk => planned.send(chunk).is_ok(),
                 }
-                Chunk::Zero(offset, len) => {
-                    zero_payload(self.target, offset, len).map_err(CopyError::Target)?;
-                    now.bytes_zero += len;
-                    now.bytes_done += len;
-                }
-                Chunk::Data(offset, data) => {
-                    let written = write_runs(self.target, offset, &data, self.keep_zeroes)
-                        .map_err(CopyError::Target)?;
-                    now.bytes_copied += written;
-                    now.bytes_zero += data.len() as u64 - written;
-                    now.bytes_done += data.len() as u64;
-                    self.unflushed += written;
-                    // The reader has ended when this fails, and needs no buffer.
-                    let _ = self.spent.try_send(data);
-                }
-                Chunk::Failed(e) => return Err(CopyError::Source(e)),
             }
-            // A flusher that is busy is asked again with the next chunk.
-            if self.unflushed >= FLUSH_EVERY && self.grown.try_send(()).is_ok() {
-                self.unflushed = 0;
+            Err(e) => {
+                offset = size;
+                done.send(Err(CopyError::Source(e))).is_ok()
             }
-            if progress(*now).is_break() {
-                return Err(CopyError::Cancelled);
+        };
+        if !is_heard {
+            return;
+        }
+    }
+}
+
+/// What the copiers share.
+struct Copying<'a> {
+    source: PayloadFiles<'a>,
+    target: PayloadFiles<'a>,
+    /// Zeroes are written too: they hide what a parent has.
+    keep_zeroes: bool,
+    /// As far as is known the file system can share blocks.
+    shares: AtomicBool,
+    /// Held for reading while something is written to the target.
+    writing: RwLock<()>,
+    /// Held while the target is maintained.
+    upkeep: Mutex<()>,
+}
+
+impl Copying<'_> {
+    fn run(&self, chunks: &Mutex<Receiver<Chunk>>, done: &SyncSender<Result<Done, CopyError>>) {
+        let mut buffer = PageBuffer::new(CHUNK as usize);
+        loop {
+            let next = chunks.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(chunk) = next else { return };
+            let end = self.carry_out(&chunk, &mut buffer);
+            let has_failed = end.is_err();
+            if done.send(end).is_err() || has_failed {
+                return;
             }
         }
-        Ok(())
+    }
+
+    fn carry_out(&self, chunk: &Chunk, buffer: &mut PageBuffer) -> Result<Done, CopyError> {
+        let done = match *chunk {
+            Chunk::Nothing(zero) => Done { written: 0, zero },
+            Chunk::Zero(offset, len) => {
+                let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+                zero_payload(self.target.image(), offset, len).map_err(CopyError::Target)?;
+                Done { written: 0, zero: len }
+            }
+            Chunk::Data(offset, len) => {
+                let written = match self.share(ByteSpan::new(offset, len)).map_err(CopyError::Target)? {
+                    true => len,
+                    false => self.copy(offset, buffer.first(len as usize))?,
+                };
+                Done { written, zero: len - written }
+            }
+        };
+        self.maintain().map_err(CopyError::Target)?;
+        Ok(done)
+    }
+
+    /// Whether the target shares these blocks of the source now.
+    fn share(&self, at: ByteSpan) -> Result<bool, ImageError> {
+        let sector = u64::from(self.target.image().geometry().logical_sector_size);
+        if !self.shares.load(Ordering::Relaxed) || !at.len.is_multiple_of(sector) {
+            return Ok(false);
+        }
+        let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+        let shared = share_payload(self.source.image(), self.target.image(), at)?;
+        if shared == Shared::Never {
+            self.shares.store(false, Ordering::Relaxed);
+        }
+        Ok(shared == Shared::Yes)
+    }
+
+    /// How much was written.
+    fn copy(&self, offset: u64, data: &mut [u8]) -> Result<u64, CopyError> {
+        self.source.read(offset, data).map_err(CopyError::Source)?;
+        let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);
+        write_runs(&self.target, offset, data, self.keep_zeroes).map_err(CopyError::Target)
+    }
+
+    /// Looks after the target's log and the like, unless another copier does.
+    fn maintain(&self) -> Result<(), ImageError> {
+        if !self.target.image().wants_maintenance() {
+            return Ok(());
+        }
+        let Ok(_upkeep) = self.upkeep.try_lock() else { return Ok(()) };
+        // Whoever wrote before that has ended when the lock was had.
+        let quiesce = || drop(self.writing.write().unwrap_or_else(PoisonError::into_inner));
+        self.target.image().maintain(&quiesce)
     }
 }
 
@@ -311,53 +419,22 @@ fn fits(size: u64, target: &dyn Image) -> Result<(), ImageError> {
     ))
 }
 
-/// Reads all that may hold something, in order, until the end or until nobody listens any more.
-fn read_all(size: u64, next: NextChunk<'_>, full: &SyncSender<Chunk>, buffers: &Receiver<Vec<u8>>) {
-    let mut offset = 0;
-    while offset < size {
-        let chunk = next(offset, size, buffers).unwrap_or_else(Chunk::Failed);
-        offset += match &chunk {
-            Chunk::Data(_, data) => data.len() as u64,
-            Chunk::Nothing(len) | Chunk::Zero(_, len) => *len,
-            Chunk::Failed(_) => size,
-        };
-        if full.send(chunk).is_err() {
-            return;
-        }
-    }
-}
-
-fn next_chunk(
-    source: &dyn Image,
-    offset: u64,
-    size: u64,
-    grid: u64,
-    buffers: &Receiver<Vec<u8>>,
-) -> Result<Chunk, ImageError> {
+fn next_chunk(source: &dyn Image, offset: u64, size: u64, grid: u64) -> Result<Chunk, ImageError> {
     let nothing = empty_run(source, offset, size, grid)?;
     if nothing > 0 {
         return Ok(Chunk::Nothing(nothing));
     }
-    let len = data_run_at(source, offset, size, grid)?;
-    let mut data = buffers.try_recv().unwrap_or_default();
-    data.resize(len as usize, 0);
-    read_payload(source, offset, &mut data)?;
-    Ok(Chunk::Data(offset, data))
+    Ok(Chunk::Data(offset, data_run_at(source, offset, size, grid)?))
 }
 
 /// What a layer has of its own at `offset`.
-fn next_own_chunk(layer: &dyn Image, offset: u64, buffers: &Receiver<Vec<u8>>) -> Result<Chunk, ImageError> {
+fn next_own_chunk(layer: &dyn Image, offset: u64) -> Result<Chunk, ImageError> {
     let extent = layer.next_extent(offset)?.expect("the offset lies within the disk");
     let len = extent.span.len;
     Ok(match extent.state {
         AllocState::Absent => Chunk::Nothing(len),
         AllocState::Zero => Chunk::Zero(offset, len),
-        AllocState::Data => {
-            let mut data = buffers.try_recv().unwrap_or_default();
-            data.resize(len.min(CHUNK) as usize, 0);
-            read_payload(layer, offset, &mut data)?;
-            Chunk::Data(offset, data)
-        }
+        AllocState::Data => Chunk::Data(offset, len.min(CHUNK)),
     })
 }
 
@@ -391,14 +468,19 @@ fn data_run_at(image: &dyn Image, offset: u64, end: u64, grid: u64) -> Result<u6
 
 /// Writes the runs of `data` that are not zero, in granules, and with `keep_zeroes` the others as zeroes. Returns how many
 /// bytes were written.
-fn write_runs(target: &dyn Image, offset: u64, data: &[u8], keep_zeroes: bool) -> Result<u64, ImageError> {
-    let sector = target.geometry().logical_sector_size as usize;
+fn write_runs(
+    target: &PayloadFiles<'_>,
+    offset: u64,
+    data: &[u8],
+    keep_zeroes: bool,
+) -> Result<u64, ImageError> {
+    let sector = target.image().geometry().logical_sector_size as usize;
     let mut written = 0;
     let mut at = 0;
     while at < data.len() {
         let zero = zero_run(&data[at..]);
         if keep_zeroes && zero > 0 {
-            zero_payload(target, offset + at as u64, zero as u64)?;
+            zero_payload(target.image(), offset + at as u64, zero as u64)?;
         }
         at += zero;
         let run = data_run(&data[at..]);
@@ -407,16 +489,12 @@ fn write_runs(target: &dyn Image, offset: u64, data: &[u8], keep_zeroes: bool) -
         }
         let part = &data[at..at + run];
         if run.is_multiple_of(sector) {
-            write_payload(target, offset + at as u64, part)?;
+            target.write(offset + at as u64, part)?;
         } else {
             // The source ends inside a sector of the target.
             let mut padded = part.to_vec();
             padded.resize(run.next_multiple_of(sector), 0);
-            write_payload(target, offset + at as u64, &padded)?;
-        }
-        if target.wants_maintenance() {
-            // No other I/O on the target is in flight.
-            target.maintain(&|| ())?;
+            target.write(offset + at as u64, &padded)?;
         }
         written += run as u64;
         at += run;
@@ -452,8 +530,8 @@ pub fn compare(
 ) -> Result<Comparison, CopyError> {
     let sizes = (first.geometry().virtual_size, second.geometry().virtual_size);
     let work = Comparing {
-        first,
-        second,
+        first: PayloadFiles::of(first),
+        second: PayloadFiles::of(second),
         total: sizes.0.max(sizes.1),
         grid: common_grid(first, second),
         next: AtomicU64::new(0),
@@ -497,8 +575,8 @@ pub fn compare(
 
 /// The part of a comparison that its threads share.
 struct Comparing<'a> {
-    first: &'a dyn Image,
-    second: &'a dyn Image,
+    first: PayloadFiles<'a>,
+    second: PayloadFiles<'a>,
     total: u64,
     /// What both can address.
     grid: u64,
@@ -520,7 +598,7 @@ impl Comparing<'_> {
     const STRIPE: u64 = 16 * CHUNK;
 
     fn run(&self, steps: SyncSender<Result<Step, CopyError>>) {
-        let mut buffers = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
+        let mut buffers = (PageBuffer::new(CHUNK as usize), PageBuffer::new(CHUNK as usize));
         while !self.stop.load(Ordering::Relaxed) {
             let from = self.next.fetch_add(Self::STRIPE, Ordering::Relaxed);
             // Stripes are taken in order, so nothing behind a difference can come before it.
@@ -536,12 +614,13 @@ impl Comparing<'_> {
         }
     }
 
-    fn stripe(&self, from: u64, to: u64, buffers: &mut (Vec<u8>, Vec<u8>)) -> Result<Step, CopyError> {
+    fn stripe(&self, from: u64, to: u64, buffers: &mut (PageBuffer, PageBuffer)) -> Result<Step, CopyError> {
+        let (first, second) = (self.first.image(), self.second.image());
         let mut step = Step { read: 0, skipped: 0 };
         let mut at = from;
         while at < to {
-            let a = empty_run(self.first, at, to, self.grid).map_err(CopyError::Source)?;
-            let b = empty_run(self.second, at, to, self.grid).map_err(CopyError::Target)?;
+            let a = empty_run(first, at, to, self.grid).map_err(CopyError::Source)?;
+            let b = empty_run(second, at, to, self.grid).map_err(CopyError::Target)?;
             let both = a.min(b);
             if both > 0 {
                 step.skipped += both;
@@ -550,13 +629,13 @@ impl Comparing<'_> {
             }
             // One of them has data here; the other may be known to have none, and is not read then.
             let run = match a {
-                0 => data_run_at(self.first, at, to, self.grid).map_err(CopyError::Source)?,
-                _ => data_run_at(self.second, at, to, self.grid).map_err(CopyError::Target)?,
+                0 => data_run_at(first, at, to, self.grid).map_err(CopyError::Source)?,
+                _ => data_run_at(second, at, to, self.grid).map_err(CopyError::Target)?,
             };
             let len = if a.max(b) > 0 { run.min(a.max(b)) } else { run };
-            let (left, right) = (&mut buffers.0[..len as usize], &mut buffers.1[..len as usize]);
-            read_or_zero(self.first, a, at, left).map_err(CopyError::Source)?;
-            read_or_zero(self.second, b, at, right).map_err(CopyError::Target)?;
+            let (left, right) = (buffers.0.first(len as usize), buffers.1.first(len as usize));
+            read_or_zero(&self.first, a, at, left).map_err(CopyError::Source)?;
+            read_or_zero(&self.second, b, at, right).map_err(CopyError::Target)?;
             step.read += len;
             if left != right {
                 let within = left.iter().zip(right.iter()).take_while(|(l, r)| l == r).count() as u64;
@@ -571,10 +650,10 @@ impl Comparing<'_> {
 
 /// Reads, unless the first `empty` bytes, which are not fewer than asked for, are known to be zeroes. What the image
 /// lacks in size is zeroes too.
-fn read_or_zero(image: &dyn Image, empty: u64, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-    let held = image.geometry().virtual_size.saturating_sub(offset).min(buf.len() as u64);
+fn read_or_zero(image: &PayloadFiles<'_>, empty: u64, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+    let held = image.image().geometry().virtual_size.saturating_sub(offset).min(buf.len() as u64);
     let held = if empty > 0 { 0 } else { held };
     let (data, lacking) = buf.split_at_mut(held as usize);
     lacking.fill(0);
-    if data.is_empty() { Ok(()) } else { read_payload(image, offset, data) }
+    if data.is_empty() { Ok(()) } else { image.read(offset, data) }
 }

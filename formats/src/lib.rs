@@ -32,6 +32,7 @@ mod notes_dir;
 mod open;
 mod own;
 mod parents;
+mod payload_files;
 pub mod raw;
 mod rebase;
 mod resize;
