@@ -43,6 +43,9 @@ pub struct RecordedOptions {
     pub on_target_error: OnTargetError,
     /// Bytes a second at most.
     pub bandwidth: Option<u64>,
+    /// What the guest's 99th percentile may be, in microseconds.
+    #[serde(default)]
+    pub max_guest_p99_us: Option<u64>,
 }
 
 impl RecordedOptions {
@@ -58,6 +61,7 @@ impl RecordedOptions {
             keep_source: config.keep_source,
             on_target_error: config.on_target_error,
             bandwidth: config.bandwidth,
+            max_guest_p99_us: config.max_guest_p99_us,
         }
     }
 }

@@ -14,7 +14,7 @@ impl Machine {
     }
 
     /// A failure made something dirty again.
-    pub(super) fn leave_synced(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn leave_synced(&mut self, now: Tick, actions: &mut Vec<Action>) {
         self.stage = Stage::Mirroring;
         self.flush = match self.flush {
             Flush::None | Flush::Done => Flush::None,
@@ -25,7 +25,7 @@ impl Machine {
         }
         // Guards are for sides that are held equal.
         self.drop_waiting_others();
-        self.start_ready(actions);
+        self.start_ready(now, actions);
     }
 
     /// Both sides are equal: verify, wait for the switch, flush, commit. Each step looks anew, since a failure may have
@@ -42,7 +42,7 @@ impl Machine {
             self.stage = Stage::Detaching;
             self.set_route(Route::Source, actions);
             self.queue.release_writes();
-            self.start_ready(actions);
+            self.start_ready(now, actions);
             return;
         }
         match self.flush {
