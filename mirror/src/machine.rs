@@ -240,6 +240,20 @@ impl Machine {
         self.ask_to_be_woken(now, actions);
     }
 
+    /// The caller copied this many bytes from `begun` until now, before the move began: the guest is to be spared by that, too.
+    /// Nothing more is to be copied so before [`Machine::may_copy_beside`] says that it may.
+    pub fn copied_beside(&mut self, begun: Tick, now: Tick, bytes: u64) {
+        self.governor.did_beside(begun, now, bytes);
+    }
+
+    /// Whether the caller may go on with what it copies before the move begins; else when to ask again, or sooner.
+    ///
+    /// # Errors
+    /// That time.
+    pub fn may_copy_beside(&mut self, now: Tick) -> Result<(), Tick> {
+        self.governor.free_at(now).map_or(Ok(()), Err)
+    }
+
     fn apply_rare(&mut self, now: Tick, event: Event, actions: &mut Vec<Action>) {
         match event {
             Event::WriteBegin { .. } | Event::WriteEnd { .. } | Event::Dirtied(_) => {

@@ -247,14 +247,29 @@ impl Governor {
         }
         let took_us = now.us_since(self.begun_at);
         self.work_us += took_us;
-        let extent = self.limits.extent_size as f64;
-        if !self.is_idle && self.window < extent {
-            let pause_us = took_us as f64 * (extent / self.window - 1.0);
-            let at_floor_us = (bytes * 1_000_000 / self.floor()).saturating_sub(took_us);
-            let pause_us = (pause_us as u64).min(at_floor_us);
-            self.work_us += pause_us;
-            self.pause_until = now.plus_us(pause_us);
+        self.pause(now, took_us, bytes, self.window / self.limits.extent_size as f64);
+    }
+
+    /// The caller did work of its own from `begun` on, in pieces whose size is not the governor's to say. So the pause after
+    /// each makes up for the whole of what the window lacks.
+    pub(super) fn did_beside(&mut self, begun: Tick, now: Tick, bytes: u64) {
+        self.has_worked = true;
+        self.work_bytes += bytes;
+        let took_us = now.us_since(begun);
+        self.work_us += took_us;
+        self.pause(now, took_us, bytes, self.window / self.window_max());
+    }
+
+    /// A pause after work, which then took this share of the time.
+    fn pause(&mut self, now: Tick, took_us: u64, bytes: u64, share: f64) {
+        if self.is_idle || share >= 1.0 {
+            return;
         }
+        let pause_us = took_us as f64 * (1.0 / share - 1.0);
+        let at_floor_us = (bytes.saturating_mul(1_000_000) / self.floor()).saturating_sub(took_us);
+        let pause_us = (pause_us as u64).min(at_floor_us);
+        self.work_us += pause_us;
+        self.pause_until = now.plus_us(pause_us);
     }
 
     /// The guest's requests since the last hearing.

@@ -306,6 +306,26 @@ fn a_budget_that_changes_takes_effect_and_may_be_taken_away() {
 }
 
 #[test]
+fn work_beside_the_machine_pauses_down_to_the_floor() {
+    let mut governor = Governor::new(LIMITS, Some(50));
+    governor.did_beside(Tick(0), Tick(1_000), MIB);
+    assert_eq!(governor.free_at(Tick(1_000)), None, "nothing was heard");
+    let mut now = Tick(1_000);
+    let mut bytes = 0;
+    while now < Tick(10 * S) {
+        let begun = now;
+        now = now.plus_us(1_000);
+        governor.did_beside(begun, now, MIB);
+        governor.hear(now, [(900, 100)].into_iter().collect());
+        bytes += MIB;
+        while let Some(at) = governor.free_at(now) {
+            now = at;
+        }
+    }
+    assert!((FLOOR_WITH_BUDGET * 9..FLOOR_WITH_BUDGET * 12).contains(&bytes), "{bytes} bytes in 10 s");
+}
+
+#[test]
 fn nothing_heard_is_nothing_that_holds_up() {
     let mut governor = Governor::new(LIMITS, Some(1));
     assert_eq!(governor.copies(), Allowance { in_flight: 3, bytes: 512 << 10 });
