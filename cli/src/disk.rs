@@ -66,7 +66,7 @@ pub(crate) enum Command {
         /// Copy and verify at most this much a second
         #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
         bandwidth: Option<u64>,
-        /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 4 MiB/s
+        /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 8 MiB/s
         #[arg(long, value_name = "TIME", value_parser = units::parse_time)]
         max_guest_p99: Option<u64>,
         /// How both are compared before the newest is deleted

@@ -53,7 +53,7 @@ pub(crate) struct Options {
     /// Copy and verify at most this much a second
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
-    /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 4 MiB/s
+    /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 8 MiB/s
     #[arg(long, value_name = "TIME", value_parser = parse_time)]
     pub(crate) max_guest_p99: Option<u64>,
     /// When the guest's writes begin to go to both [default: after-copy]

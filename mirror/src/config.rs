@@ -101,7 +101,7 @@ pub struct Config {
     /// Bytes a second that copies (and verifying reads) may take; `None` for no limit. At least 1.
     pub bandwidth: Option<u64>,
     /// Microseconds that 99 of 100 of the guest's reads and writes may take: copies and verifying reads are paced so that they
-    /// do, as far as pacing helps and down to 4 MiB a second. At least 1. Without it, what they take in moments without
+    /// do, as far as pacing helps and down to 8 MiB a second. At least 1. Without it, what they take in moments without
     /// copies, times 1.4, and down to 32 MiB a second.
     pub max_guest_p99_us: Option<u64>,
     /// Copies, or verifying reads, in flight at the same time: at least 1.

@@ -433,6 +433,15 @@ mod tests {
     }
 
     #[test]
+    fn a_plan_of_before_there_were_budgets_is_understood() {
+        let options = RecordedOptions::of(&Config { max_guest_p99_us: Some(9), ..Config::default() });
+        let mut json = serde_json::to_value(&options).expect("plain data");
+        json.as_object_mut().expect("fields").remove("max_guest_p99_us");
+        let older: RecordedOptions = serde_json::from_value(json).expect("an older plan");
+        assert_eq!(older, RecordedOptions { max_guest_p99_us: None, ..options });
+    }
+
+    #[test]
     fn a_journal_cut_at_any_byte_yields_the_whole_records_before_the_cut() {
         let lines: Vec<Vec<u8>> = all_records().iter().map(encode).collect();
         let bytes = lines.concat();

@@ -208,7 +208,7 @@ pub struct MoveRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
     /// Microseconds that 99 of 100 of the guest's reads and writes may take: copying and verifying are slowed down for that,
-    /// to 4 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
+    /// to 8 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
     /// without them, to 32 MiB a second at least.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_guest_p99_us: Option<u64>,
@@ -250,7 +250,7 @@ pub struct MergeRequest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
     /// Microseconds that 99 of 100 of the guest's reads and writes may take: copying and verifying are slowed down for that,
-    /// to 4 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
+    /// to 8 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
     /// without them, to 32 MiB a second at least.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_guest_p99_us: Option<u64>,

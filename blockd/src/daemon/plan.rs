@@ -564,6 +564,18 @@ mod tests {
         refuse(&|r| r.verify = "most".into());
         refuse(&|r| r.on_target_error = "panic".into());
         assert_eq!(b.plan("to", |r| r.bandwidth = Some(0)).expect("a plan").bandwidth, None);
+        assert_eq!(b.plan("to", |r| r.max_guest_p99_us = Some(0)).expect("a plan").max_guest_p99_us, None);
+    }
+
+    #[test]
+    fn a_latency_budget_is_kept_in_the_journal_and_was_not_in_older_ones() {
+        let b = Bench::new("web.vhdx", Format::Vhdx, ImageType::Dynamic);
+        let plan = b.plan("to", |r| r.max_guest_p99_us = Some(5_000)).expect("a plan");
+        assert_eq!(plan.max_guest_p99_us, Some(5_000));
+        let mut json = serde_json::to_value(&plan).expect("plain data");
+        assert_eq!(serde_json::from_value::<MovePlan>(json.clone()).expect("the same"), plan);
+        json.as_object_mut().expect("fields").remove("max_guest_p99_us");
+        assert_eq!(serde_json::from_value::<MovePlan>(json).expect("an older one").max_guest_p99_us, None);
     }
 
     fn place(file: impl AsRef<Path>, to: impl AsRef<Path>) -> FilePlace {

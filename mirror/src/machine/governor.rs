@@ -25,7 +25,7 @@ use std::collections::VecDeque;
 use crate::{Latencies, Tick};
 
 /// The rate of a move below which the guest's latency does not bring it, in bytes a second, with a budget ...
-const FLOOR_WITH_BUDGET: u64 = 4 << 20;
+const FLOOR_WITH_BUDGET: u64 = 8 << 20;
 /// ... and without one.
 const FLOOR: u64 = 32 << 20;
 /// Fewer requests than one in this time are next to nothing.
@@ -49,9 +49,9 @@ const CONTENT: f64 = 0.85;
 const GROWTH_MAX: f64 = 1.25;
 const FIRST_GROWTH: f64 = 2.0;
 /// It is multiplied by something between these where it was too large.
-const SHRINKING: std::ops::RangeInclusive<f64> = 0.5..=0.9;
-/// Extents of the window at first.
-const FIRST_EXTENTS: u64 = 3;
+const SHRINKING: std::ops::RangeInclusive<f64> = 0.3..=0.9;
+/// This part of an extent is the window at first: what is allowed is found from below.
+const FIRST_WINDOW_PART: f64 = 1.0 / 8.0;
 /// No window is a smaller part of an extent.
 const WINDOW_PART_MIN: f64 = 1.0 / 4096.0;
 
@@ -134,7 +134,7 @@ impl Governor {
         Self {
             limits,
             budget_us,
-            window: (limits.extent_size * FIRST_EXTENTS) as f64,
+            window: limits.extent_size as f64 * FIRST_WINDOW_PART,
             is_first: true,
             is_idle: true,
             last_heard: None,

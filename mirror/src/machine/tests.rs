@@ -432,7 +432,7 @@ fn copies_and_comparisons_wait_for_a_guest_that_is_over_its_budget() {
     assert_eq!(bench.apply(Event::SetMaxGuestP99(Some(1_000))), []);
     let slow = || Event::GuestServed([(9_000, 1_000)].into_iter().collect());
     for _ in 0..10 {
-        bench.now = bench.now.plus_us(5_000);
+        bench.now = bench.now.plus_us(2_000);
         assert_eq!(bench.apply(slow()), []);
     }
     // Each copy is of one extent now, and a pause comes after it.
@@ -465,7 +465,7 @@ fn a_move_of_a_busy_disk_rests_first_to_see_how_fast_it_is_alone() {
     for _ in 0..3 {
         assert_eq!(heard(&mut bench), []);
     }
-    assert_eq!(heard(&mut bench), [copy(1, 0, 1), copy(2, 1, 1), copy(3, 2, 1)]);
+    assert_eq!(heard(&mut bench), [copy(1, 0, 1)]);
 }
 
 #[test]

@@ -12,10 +12,10 @@ use blockd_api::{Job, JobSettings, MoveRequest};
 use system_tests::daemon::Program;
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Options, RunningLoad, VerifiedLoad};
 
-const SIZE: u64 = 16 << 20;
+const SIZE: u64 = 24 << 20;
 const MINUTE: Duration = Duration::from_secs(60);
 /// The rate to which a budget slows a move down, in bytes a second.
-const FLOOR: f64 = (4 << 20) as f64;
+const FLOOR: f64 = (8 << 20) as f64;
 /// No request takes less time.
 const TINY_US: u64 = 1;
 

@@ -341,7 +341,7 @@ fn a_rest_ends_though_nothing_is_heard_any_more() {
     let end = governor.free_at(Tick(1_000)).expect("it rests first");
     assert_eq!(end, Tick(1_000 + REST_US_MAX));
     assert_eq!(governor.free_at(end), None);
-    assert_eq!(governor.copies(), Allowance { in_flight: 3, bytes: 64 << 10 });
+    assert_eq!(governor.copies(), Allowance { in_flight: 1, bytes: 64 << 10 });
 }
 
 #[test]
