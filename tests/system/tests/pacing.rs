@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use blockd_api::{Job, JobSettings, MoveRequest};
 use system_tests::daemon::Program;
-use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Options, RunningLoad, VerifiedLoad};
+use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, RunningLoad, VerifiedLoad};
 
-const SIZE: u64 = 24 << 20;
+const SIZE: u64 = 12 << 20;
 const MINUTE: Duration = Duration::from_secs(60);
 /// The rate to which a budget slows a move down, in bytes a second.
 const FLOOR: f64 = (8 << 20) as f64;
@@ -25,7 +25,7 @@ struct Bench {
 }
 
 impl Bench {
-    /// A disk that is full, as the reference can't move it.
+    /// A disk, much of which was written to, and the load on it; nothing with the reference, which moves in another way.
     fn new() -> Option<(Self, RunningLoad)> {
         if Daemon::program() == Program::Reference {
             println!("SKIPPED: the reference has another way of moving");
@@ -33,10 +33,12 @@ impl Bench {
         }
         let daemon = Daemon::with_disk(Image::Raw, SIZE, 1).unwrap();
         let front = FrontEnd::start(&daemon.socket("disk"), Options::default()).unwrap();
-        let options = LoadOptions { depth: 4, ..LoadOptions::new(81, SIZE / 512) };
+        // Writes are the fewer, so that not all has to be copied twice.
+        let mix = Mix { read: 80, write: 18, zero: 0, discard: 0, flush: 2 };
+        let options = LoadOptions { depth: 4, mix, ..LoadOptions::new(81, SIZE / 512) };
         let mut load = VerifiedLoad::new(front, options).unwrap();
-        load.run_requests(3000).unwrap();
-        load.set_rate(Some(2000.0));
+        load.run_requests(4000).unwrap();
+        load.set_rate(Some(1000.0));
         Some((Self { daemon, moves: 0 }, load.spawn()))
     }
 
@@ -50,7 +52,7 @@ impl Bench {
             block_size: None,
             mirror: "after-copy".into(),
             switch: "auto".into(),
-            verify: "none".into(),
+            verify: "full".into(),
             bandwidth: None,
             max_guest_p99_us: None,
             keep_source: false,
@@ -93,20 +95,14 @@ fn a_budget_that_nothing_can_keep_slows_a_move_down_to_its_floor_and_no_further(
     let (paced, paced_s) = bench.moved(|r| r.max_guest_p99_us = Some(TINY_US));
     assert_eq!(paced.max_guest_p99_us, Some(TINY_US));
     assert!(paced.guest_p99_us > Some(TINY_US), "{paced:?}");
-    let at_floor_s = paced.bytes_copied as f64 / FLOOR;
+    let at_floor_s = (paced.bytes_copied + paced.bytes_verified) as f64 / FLOOR;
     println!(
         "without a budget {free_s:.2} s, with one {paced_s:.2} s; at the floor it would be {at_floor_s:.2} s"
     );
-    assert!(paced_s > free_s && paced_s > 0.4 * at_floor_s, "{paced_s} s, {free_s} s without a budget");
+    // Comparing is held back as well as copying, so both together take longer than either.
+    assert!(paced_s > free_s && paced_s > 0.6 * at_floor_s, "{paced_s} s, {free_s} s without a budget");
     // The machine may be busy with something else, too.
     assert!(paced_s < 5.0 * at_floor_s + 5.0, "{paced_s} s, where {at_floor_s} s were expected");
-    // Comparing is held back as well.
-    let (_, verified_s) = bench.moved(|r| {
-        r.verify = "full".into();
-        r.max_guest_p99_us = Some(TINY_US);
-    });
-    println!("compared, too: {verified_s:.2} s");
-    assert!(verified_s > 1.3 * at_floor_s, "{verified_s} s, and {paced_s} s without comparing");
     bench.finish(load);
 }
 
