@@ -154,7 +154,7 @@ enum Decision {
 /// What is tried again after a failure.
 #[derive(Debug, Clone, PartialEq)]
 enum Again {
-    Record(Record),
+    Record(Box<Record>),
     Finish,
     DeleteSource,
     DiscardTarget,

@@ -171,11 +171,11 @@ impl Machine {
             Record::Phase { .. } => {}
             Record::SourceDeleted => self.ask_done(now, actions),
             Record::Committed { .. } | Record::CopyComplete | Record::TargetFinished => {
-                self.try_again(now, Again::Record(record));
+                self.try_again(now, Again::Record(Box::new(record)));
             }
             Record::Done { .. } | Record::Cancelled | Record::Failed { .. } => {
                 if self.step_backoff.attempts() < ATTEMPTS_MAX {
-                    self.try_again(now, Again::Record(record));
+                    self.try_again(now, Again::Record(Box::new(record)));
                 } else {
                     self.end();
                 }
@@ -255,7 +255,7 @@ impl Machine {
     pub(super) fn pump_endings(&mut self, now: Tick, actions: &mut Vec<Action>) {
         if let Some((_, again)) = self.again.take_if(|(at, _)| *at <= now) {
             match again {
-                Again::Record(record) => self.ask_record(record, actions),
+                Again::Record(record) => self.ask_record(*record, actions),
                 Again::Finish => actions.push(Action::FinishTarget),
                 Again::DeleteSource => actions.push(Action::DeleteSource),
                 Again::DiscardTarget => actions.push(Action::DiscardTarget),
