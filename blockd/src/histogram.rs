@@ -91,6 +91,14 @@ impl Snapshot {
         self.max_ns = self.max_ns.max(other.max_ns);
     }
 
+    /// What was counted since `earlier`, as microseconds (rounded up) and how many; both are of the same histogram.
+    pub fn since(&self, earlier: &Self) -> impl Iterator<Item = (u64, u64)> {
+        let counts = self.counts.iter().zip(&earlier.counts).enumerate();
+        counts
+            .filter(|(_, (now, before))| now > before)
+            .map(|(bucket, (now, before))| (upper_ns(bucket).div_ceil(1000), now - before))
+    }
+
     /// How many were counted.
     pub fn count(&self) -> u64 {
         self.counts.iter().sum()
@@ -136,6 +144,18 @@ mod tests {
             assert!((got - exact).abs() / exact < 0.07, "{q}: {got} instead of {exact}");
         }
         assert_eq!(s.max_ns, 100_000);
+    }
+
+    #[test]
+    fn what_was_counted_since_is_told() {
+        let h = Histogram::default();
+        h.record(5_000);
+        let before = h.snapshot();
+        assert_eq!(h.snapshot().since(&before).count(), 0);
+        for ns in [900, 40_000, 40_001] {
+            h.record(ns);
+        }
+        assert_eq!(h.snapshot().since(&before).collect::<Vec<_>>(), [(1, 1), (41, 2)]);
     }
 
     #[test]

@@ -178,9 +178,17 @@ fn a_slow_move_is_paused_sped_up_and_cancelled_and_the_next_one_works() {
     support::eventually("the target is gone", || support::names(&bench.path("new")).is_empty());
     assert_eq!(daemon.get("/v1/disks/a")["image"], json!(image));
 
-    let id = start_move(&daemon, slow);
+    let mut budgeted = slow.clone();
+    budgeted["max_guest_p99_us"] = json!(5_000);
+    let id = start_move(&daemon, budgeted);
+    let answer = daemon.ok("PATCH", &format!("/v1/jobs/{id}"), &json!({ "max_guest_p99_us": 800 }));
+    assert_eq!(answer["max_guest_p99_us"], json!(800));
+    assert_eq!(answer["guest_p99_us"], json!(null), "there is no guest");
+    let answer = daemon.ok("PATCH", &format!("/v1/jobs/{id}"), &json!({ "max_guest_p99_us": 0 }));
+    assert_eq!(answer["max_guest_p99_us"], json!(null));
     let answer = daemon.ok("PATCH", &format!("/v1/jobs/{id}"), &json!({ "bandwidth": 0 }));
     assert_eq!(answer["job"], json!(id));
+    assert_eq!(answer["max_guest_p99_us"], json!(null));
     reach(&daemon, &id, "done");
     let states: Vec<_> =
         daemon.get("/v1/jobs").as_array().expect("jobs").iter().map(|j| j["state"].clone()).collect();

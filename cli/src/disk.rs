@@ -66,6 +66,9 @@ pub(crate) enum Command {
         /// Copy and verify at most this much a second
         #[arg(long, value_name = "RATE", value_parser = units::parse_rate)]
         bandwidth: Option<u64>,
+        /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 8 MiB/s
+        #[arg(long, value_name = "TIME", value_parser = units::parse_time)]
+        max_guest_p99: Option<u64>,
         /// How both are compared before the newest is deleted
         #[arg(long, value_name = "HOW", value_parser = ["none", "sample", "full"], default_value = "full")]
         verify: String,
@@ -156,9 +159,10 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
                 format!("{} goes on in {}; {parent} stays as it is now", disk.id, disk.image)
             })?;
         }
-        Command::Merge { id, into, bandwidth, verify, detach } => {
+        Command::Merge { id, into, bandwidth, max_guest_p99, verify, detach } => {
             let into = into.as_deref().map(paths::for_daemon).transpose()?;
-            let job = client.merge(&id.id, &MergeRequest { into, bandwidth, verify }).await?;
+            let request = MergeRequest { into, bandwidth, max_guest_p99_us: max_guest_p99, verify };
+            let job = client.merge(&id.id, &request).await?;
             if detach {
                 screen.show(&job, |job| job.job.clone())?;
             } else {

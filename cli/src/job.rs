@@ -8,7 +8,7 @@ use serde_json::json;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
 use crate::render::{self, Facts, Screen, Table};
-use crate::units::parse_limit;
+use crate::units::{parse_budget, parse_limit};
 use crate::watch;
 
 #[derive(Debug, Subcommand)]
@@ -36,13 +36,18 @@ pub(crate) enum Command {
     Cancel(Id),
     /// Change a running move
     #[command(after_help = "Examples:\n  blockctl job set m1a2b3c4d --bandwidth 200M
-  blockctl job set m1a2b3c4d --bandwidth none")]
+  blockctl job set m1a2b3c4d --bandwidth none
+  blockctl job set m1a2b3c4d --max-guest-p99 5ms")]
+    #[command(group(clap::ArgGroup::new("setting").required(true).multiple(true)))]
     Set {
         #[command(flatten)]
         job: Id,
         /// Copy and verify at most this much a second; `none` takes the limit away
-        #[arg(long, value_name = "RATE", value_parser = parse_limit, required = true)]
+        #[arg(long, value_name = "RATE", value_parser = parse_limit, group = "setting")]
         bandwidth: Option<u64>,
+        /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time; `none` takes the budget away
+        #[arg(long, value_name = "TIME", value_parser = parse_budget, group = "setting")]
+        max_guest_p99: Option<u64>,
     },
     /// Show what a finished move copied, verified and deleted
     #[command(after_help = "Example:\n  blockctl job receipt m1a2b3c4d")]
@@ -72,12 +77,10 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
         Command::Resume(id) => verb(client, &id, "resume", screen).await?,
         Command::Switch(id) => verb(client, &id, "switch", screen).await?,
         Command::Cancel(id) => verb(client, &id, "cancel", screen).await?,
-        Command::Set { job, bandwidth } => {
-            let job = client.set_job(&job.job, &JobSettings { bandwidth }).await?;
-            screen.show(&job, |job| match bandwidth {
-                Some(0) | None => format!("{} may use all the bandwidth there is", job.job),
-                Some(limit) => format!("{} uses at most {}", job.job, render::rate(limit)),
-            })?;
+        Command::Set { job, bandwidth, max_guest_p99 } => {
+            let settings = JobSettings { bandwidth, max_guest_p99_us: max_guest_p99 };
+            let job = client.set_job(&job.job, &settings).await?;
+            screen.show(&job, |job| told(&job.job, &settings))?;
         }
         Command::Receipt(id) => screen.show(&client.receipt(&id.job).await?, receipt)?,
     }
@@ -99,6 +102,19 @@ async fn verb(client: &Client, id: &Id, verb: &str, screen: Screen) -> Result<()
             false => format!("{} {asked}; for now it is {}", job.job, job.state),
         }
     })
+}
+
+/// What a move was told, a line each.
+fn told(job: &str, settings: &JobSettings) -> String {
+    let bandwidth = settings.bandwidth.map(|limit| match limit {
+        0 => format!("{job} may use all the bandwidth there is"),
+        limit => format!("{job} uses at most {}", render::rate(limit)),
+    });
+    let budget = settings.max_guest_p99_us.map(|budget_us| match budget_us {
+        0 => format!("{job} has no latency budget to keep to"),
+        us => format!("{job} is to keep the guest's p99 within {}", render::micros(us as f64)),
+    });
+    bandwidth.into_iter().chain(budget).collect::<Vec<_>>().join("\n")
 }
 
 fn table(jobs: &[Job]) -> String {
@@ -132,6 +148,9 @@ fn details(job: &Job) -> String {
             .add("rate", render::rate(job.rate_bytes_per_s))
             .add("time left", render::duration(std::time::Duration::from_secs(job.eta_s)))
             .add("dirty", render::size(job.bytes_dirty));
+        if let Some(latency) = watch::guest_latency(job) {
+            facts.add("guest's p99", latency);
+        }
     }
     watch::add_summary(&mut facts, job);
     facts.render()

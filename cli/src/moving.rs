@@ -9,7 +9,7 @@ use clap::builder::NonEmptyStringValueParser;
 use crate::client::Client;
 use crate::failure::{Exit, Failure};
 use crate::render::Screen;
-use crate::units::{parse_block_size, parse_rate};
+use crate::units::{parse_block_size, parse_rate, parse_time};
 use crate::{offline, paths, watch};
 
 /// Move disks while their guests run, or an image that no disk serves
@@ -17,6 +17,7 @@ use crate::{offline, paths, watch};
 #[command(after_help = "Examples:
   blockctl move vm1 --to /mnt/faster/
   blockctl move vm1 --to /mnt/vm1.vhd --bandwidth 200M --switch manual
+  blockctl move vm1 --to /mnt/faster/ --max-guest-p99 5ms
   blockctl move vm1 --to /mnt/faster/ --disk /images/golden.vhdx=/images/golden.vhdx
   blockctl move ./old.vhdx --to /mnt/faster/
   blockctl move ./child.vhdx --to /mnt/faster/ --parents ./base")]
@@ -52,6 +53,9 @@ pub(crate) struct Options {
     /// Copy and verify at most this much a second
     #[arg(long, value_name = "RATE", value_parser = parse_rate)]
     pub(crate) bandwidth: Option<u64>,
+    /// Copy and verify as fast as 99 of 100 of the guest's requests end within this time, down to 8 MiB/s
+    #[arg(long, value_name = "TIME", value_parser = parse_time)]
+    pub(crate) max_guest_p99: Option<u64>,
     /// When the guest's writes begin to go to both [default: after-copy]
     #[arg(long, value_name = "WHEN", value_parser = ["after-copy", "from-start"])]
     pub(crate) mirror: Option<String>,
@@ -194,6 +198,7 @@ fn refuse_live_options(args: &Args) -> Result<(), Failure> {
     let given = [
         ("--mirror", options.mirror.is_some()),
         ("--switch", options.switch.is_some()),
+        ("--max-guest-p99", options.max_guest_p99.is_some()),
         ("--on-target-error", options.on_target_error.is_some()),
         ("--detach", args.detach),
     ];
@@ -227,6 +232,7 @@ fn request(id: &str, options: &Options) -> Result<MoveRequest, Failure> {
         switch: or(&options.switch, "auto"),
         verify: options.verify.clone(),
         bandwidth: options.bandwidth,
+        max_guest_p99_us: options.max_guest_p99,
         keep_source: options.keep_source,
         copy_only: options.copy_only,
         flatten: options.flatten,

@@ -1,4 +1,4 @@
-//! Sizes and rates as people type them: powers of 1024, whole numbers.
+//! Sizes, rates and times as people type them: whole numbers, sizes in powers of 1024.
 
 /// Bytes from `512`, `64K`, `10G`; `KiB`, `kb` and the like are understood too.
 ///
@@ -59,6 +59,39 @@ pub(crate) fn parse_limit(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Microseconds from `5ms`, `500us`, `1s`. A number alone could mean any of them.
+pub(crate) fn parse_time(text: &str) -> Result<u64, String> {
+    match time_of(text)? {
+        0 => Err("no request takes no time at all; leave the option away for no budget".into()),
+        us => Ok(us),
+    }
+}
+
+/// A time, or 0 and `none` for no budget.
+pub(crate) fn parse_budget(text: &str) -> Result<u64, String> {
+    match text {
+        "0" | "none" => Ok(0),
+        _ => parse_time(text),
+    }
+}
+
+fn time_of(text: &str) -> Result<u64, String> {
+    let hint = || format!("`{text}` is no time; give a whole number with us, ms or s, such as 5ms");
+    let digits = text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len();
+    let factor = match text[digits..].trim_start() {
+        "us" | "µs" | "μs" => 1,
+        "ms" => 1_000,
+        "s" => 1_000_000,
+        "" if text[..digits].parse() == Ok(0) => 1,
+        _ => return Err(hint()),
+    };
+    if digits == 0 {
+        return Err(hint());
+    }
+    let number: Option<u64> = text[..digits].parse().ok();
+    number.and_then(|n| n.checked_mul(factor)).ok_or_else(|| format!("{text} is more than 64 bits can hold"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,6 +131,24 @@ mod tests {
         assert_eq!(parse_limit("0"), Ok(0));
         assert_eq!(parse_limit("none"), Ok(0));
         assert_eq!(parse_rate("200M/s"), Ok(200 << 20));
+    }
+
+    #[test]
+    fn a_time_has_a_unit_and_is_more_than_nothing() {
+        for (text, us) in [("500us", 500), ("80µs", 80), ("5ms", 5_000), ("5 ms", 5_000), ("2s", 2_000_000)]
+        {
+            assert_eq!(parse_time(text), Ok(us), "{text}");
+            assert_eq!(parse_budget(text), Ok(us), "{text}");
+        }
+        for text in ["", "5", "ms", "1.5ms", "-5ms", "5m", "5MS", "fast", "none"] {
+            assert!(parse_time(text).is_err_and(|e| e.contains("such as 5ms")), "{text}");
+        }
+        for text in ["0", "0ms"] {
+            assert!(parse_time(text).is_err_and(|e| e.contains("leave the option away")), "{text}");
+        }
+        assert!(parse_time("99999999999999999999s").is_err_and(|e| e.contains("64 bits")));
+        assert!(parse_time("18446744073709551615s").is_err_and(|e| e.contains("64 bits")));
+        assert_eq!((parse_budget("0"), parse_budget("none")), (Ok(0), Ok(0)));
     }
 
     #[test]

@@ -201,13 +201,30 @@ fn draw(bar: &ProgressBar, job: &Job) {
     bar.set_message(match job.state.as_str() {
         "paused" => phase_of(job),
         "synced" => format!("both are equal; `blockctl job switch {}` goes over", job.job),
-        _ => format!(
-            "{}, {} dirty, {} left",
-            render::rate(job.rate_bytes_per_s),
-            render::size(job.bytes_dirty),
-            render::duration(Duration::from_secs(job.eta_s))
-        ),
+        _ => {
+            let mut message = format!(
+                "{}, {} dirty, {} left",
+                render::rate(job.rate_bytes_per_s),
+                render::size(job.bytes_dirty),
+                render::duration(Duration::from_secs(job.eta_s))
+            );
+            if let (Some(_), Some(latency)) = (job.max_guest_p99_us, guest_latency(job)) {
+                message.push_str(&format!(", p99 {latency}"));
+            }
+            message
+        }
     });
+}
+
+/// How fast the guest's requests are, and how fast they are to be.
+pub(crate) fn guest_latency(job: &Job) -> Option<String> {
+    let now = job.guest_p99_us.map(|us| render::micros(us as f64));
+    let budget = job.max_guest_p99_us.map(|us| render::micros(us as f64));
+    match (now, budget) {
+        (Some(now), Some(budget)) => Some(format!("{now} of {budget}")),
+        (None, Some(budget)) => Some(format!("idle, at most {budget}")),
+        (now, None) => now,
+    }
 }
 
 /// Prints a move that is over, and says how it ended.

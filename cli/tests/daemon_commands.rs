@@ -26,9 +26,10 @@ fn job(state: &str) -> Value {
         "job": "m1a2b3c4", "disks": ["vm1"], "state": state, "source": ["/a/vm1.vhdx"], "target": ["/b/vm1.vhdx"],
         "bytes_total": 1073741824, "bytes_copied": 536870912, "bytes_mirrored": 1048576, "bytes_dirty": 65536,
         "bytes_skipped_zero": 0, "bytes_verified": 0, "rate_bytes_per_s": 104857600, "eta_s": 5, "passes": 1,
+        "max_guest_p99_us": null, "guest_p99_us": null,
         "phases": {"copying_s": 4.0, "mirroring_s": 0.5, "verify_s": 0.0, "commit_s": 0.0},
         "switch": {"commit_us": 0, "longest_guest_wait_us": 0},
-        "verified": "full", "source_deleted": false, "error": null,
+        "verified": "full", "source_deleted": false, "sources_kept": [], "error": null,
     })
 }
 
@@ -324,6 +325,45 @@ fn a_bandwidth_is_set_in_bytes_and_taken_away() {
 }
 
 #[test]
+fn a_latency_budget_is_set_in_microseconds_and_taken_away() {
+    let daemon = Daemon::always(200, &job("copying"));
+    let set = |args: &[&str]| {
+        let args: Vec<&str> = ["job", "set", "m1a2b3c4"].iter().chain(args).copied().collect();
+        daemon.blockctl(&args)
+    };
+    let told = set(&["--max-guest-p99", "5ms"]).expect(0);
+    assert_eq!(told.out, "m1a2b3c4 is to keep the guest's p99 within 5.0 ms\n");
+    let told = set(&["--max-guest-p99", "none", "--bandwidth", "1M"]).expect(0);
+    assert_eq!(told.out, "m1a2b3c4 uses at most 1 MiB/s\nm1a2b3c4 has no latency budget to keep to\n");
+    assert_eq!(
+        daemon.asked(),
+        [
+            asked("PATCH", "/v1/jobs/m1a2b3c4", json!({"max_guest_p99_us": 5000})),
+            asked("PATCH", "/v1/jobs/m1a2b3c4", json!({"bandwidth": 1048576, "max_guest_p99_us": 0})),
+        ]
+    );
+    let refused = set(&["--max-guest-p99", "5"]).expect(2);
+    assert!(refused.err.contains("such as 5ms"), "{}", refused.err);
+}
+
+#[test]
+fn a_job_shows_how_fast_the_guest_is_and_how_fast_it_is_to_be() {
+    for (now, budget, shown) in [
+        (json!(800), json!(5000), Some("800 µs of 5.0 ms")),
+        (json!(null), json!(5000), Some("idle, at most 5.0 ms")),
+        (json!(800), json!(null), Some("800 µs")),
+        (json!(null), json!(null), None),
+    ] {
+        let mut answer = job("copying");
+        answer["guest_p99_us"] = now;
+        answer["max_guest_p99_us"] = budget;
+        let out = Daemon::always(200, &answer).blockctl(&["job", "show", "m1a2b3c4"]).expect(0).out;
+        let line = out.lines().find_map(|line| line.strip_prefix("guest's p99:")).map(str::trim);
+        assert_eq!(line, shown, "{out}");
+    }
+}
+
+#[test]
 fn a_receipt_tells_what_was_done() {
     let receipt = json!({
         "job": done(), "started": "2026-01-02T03:04:05Z", "ended": "2026-01-02T03:04:15Z", "generation": [3, 4],
@@ -395,7 +435,7 @@ fn phases_that_are_over_at_once_are_told_by_the_events() {
 fn a_move_passes_its_options_on() {
     let daemon = moving(&["done"]);
     let options = "--format vhd --type fixed --block-size 2M --bandwidth 200M --mirror from-start --switch manual \
-                   --verify sample --keep-source --on-target-error retry --json";
+                   --max-guest-p99 5ms --verify sample --keep-source --on-target-error retry --json";
     let args: Vec<&str> =
         ["move", "vm1", "--to", "/b/vm1.vhd"].into_iter().chain(options.split_whitespace()).collect();
     assert_eq!(daemon.blockctl(&args).expect(0).json(), done());
@@ -404,7 +444,7 @@ fn a_move_passes_its_options_on() {
         json!({
             "disks": ["vm1"], "to": "/b/vm1.vhd", "format": "vhd", "type": "fixed", "block_size": 2097152,
             "mirror": "from-start", "switch": "manual", "verify": "sample", "bandwidth": 209715200,
-            "keep_source": true, "copy_only": false, "flatten": false, "on_target_error": "retry",
+            "max_guest_p99_us": 5000, "keep_source": true, "copy_only": false, "flatten": false, "on_target_error": "retry",
         })
     );
 }

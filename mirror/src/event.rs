@@ -3,7 +3,7 @@
 use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
 
-use crate::{JobState, Record};
+use crate::{JobState, Latencies, Record};
 
 /// A point in time: microseconds since any fixed moment of the caller's choice. It never goes back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -230,6 +230,11 @@ pub enum Event {
     Switch,
     /// Another limit, in bytes a second.
     SetBandwidth(Option<u64>),
+    /// Another budget: what the guest's 99th percentile may be, in microseconds.
+    SetMaxGuestP99(Option<u64>),
+    /// How long the guest's reads and writes took that ended since this was last told. To be told about every 50 ms, of none
+    /// too, for as long as the move lasts; where it never is, the guest counts as idle.
+    GuestServed(Latencies),
     /// Time has passed ([`Action::Wake`]).
     Tick,
 }

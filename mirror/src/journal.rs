@@ -43,6 +43,9 @@ pub struct RecordedOptions {
     pub on_target_error: OnTargetError,
     /// Bytes a second at most.
     pub bandwidth: Option<u64>,
+    /// What the guest's 99th percentile may be, in microseconds.
+    #[serde(default)]
+    pub max_guest_p99_us: Option<u64>,
 }
 
 impl RecordedOptions {
@@ -58,6 +61,7 @@ impl RecordedOptions {
             keep_source: config.keep_source,
             on_target_error: config.on_target_error,
             bandwidth: config.bandwidth,
+            max_guest_p99_us: config.max_guest_p99_us,
         }
     }
 }
@@ -426,6 +430,15 @@ mod tests {
         assert_eq!(decode_all(&bytes), Ok((all_records(), Tail::Whole)));
         assert_eq!(decode_all(b""), Ok((vec![], Tail::Whole)));
         assert_eq!(bytes.iter().filter(|&&byte| byte == b'\n').count(), all_records().len());
+    }
+
+    #[test]
+    fn a_plan_of_before_there_were_budgets_is_understood() {
+        let options = RecordedOptions::of(&Config { max_guest_p99_us: Some(9), ..Config::default() });
+        let mut json = serde_json::to_value(&options).expect("plain data");
+        json.as_object_mut().expect("fields").remove("max_guest_p99_us");
+        let older: RecordedOptions = serde_json::from_value(json).expect("an older plan");
+        assert_eq!(older, RecordedOptions { max_guest_p99_us: None, ..options });
     }
 
     #[test]

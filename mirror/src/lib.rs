@@ -59,6 +59,7 @@
 mod config;
 mod event;
 mod journal;
+mod latency;
 mod machine;
 mod progress;
 
@@ -74,6 +75,7 @@ pub use journal::{
     JournalError, Receipt, Record, RecordedOptions, RecordedPhase, Recovery, Tail, decode_all, encode,
     recover,
 };
+pub use latency::Latencies;
 pub use machine::Machine;
 pub use progress::{JobState, PauseReason, Progress};
 pub use roaring::RoaringBitmap;

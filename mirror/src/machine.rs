@@ -11,6 +11,7 @@
 
 mod commit;
 mod copier;
+mod governor;
 mod pace;
 mod queue;
 mod status;
@@ -29,6 +30,7 @@ use crate::{
     WriteId,
 };
 use copier::Counts;
+use governor::{Governor, Limits};
 use pace::{Backoff, Pace, RateMeter};
 use queue::{Queue, Work};
 use status::{Clocks, Shown};
@@ -84,7 +86,8 @@ pub struct Machine {
     has_left_target: bool,
 
     pace: Pace,
-    /// When the bandwidth limit allows more.
+    governor: Governor,
+    /// When the bandwidth limit, or the guest, allows more.
     pace_at: Option<Tick>,
     /// The caller's alarm: the earliest [`Action::Wake`] since the last [`Event::Tick`].
     wake_at: Option<Tick>,
@@ -151,7 +154,7 @@ enum Decision {
 /// What is tried again after a failure.
 #[derive(Debug, Clone, PartialEq)]
 enum Again {
-    Record(Record),
+    Record(Box<Record>),
     Finish,
     DeleteSource,
     DiscardTarget,
@@ -167,6 +170,11 @@ impl Machine {
             panic!("a machine needs a checked configuration: {error}");
         }
         let extents = config.extent_count();
+        let limits = Limits {
+            extent_size: config.extent_size,
+            copy_bytes_max: config.copy_bytes_max,
+            in_flight_max: config.copies_in_flight_max,
+        };
         Self {
             extents,
             stage: Stage::Queued,
@@ -197,6 +205,7 @@ impl Machine {
             is_source_deleted: false,
             has_left_target: false,
             pace: Pace::new(config.bandwidth),
+            governor: Governor::new(limits, config.max_guest_p99_us),
             pace_at: None,
             wake_at: None,
             counts: Counts::default(),
@@ -225,10 +234,24 @@ impl Machine {
             Event::Dirtied(range) => self.dirtied(range),
             other => self.apply_rare(now, other, actions),
         }
-        self.start_ready(actions);
+        self.start_ready(now, actions);
         self.pump(now, actions);
         self.show(now, actions);
         self.ask_to_be_woken(now, actions);
+    }
+
+    /// The caller copied this many bytes from `begun` until now, before the move began: the guest is to be spared by that, too.
+    /// Nothing more is to be copied so before [`Machine::may_copy_beside`] says that it may.
+    pub fn copied_beside(&mut self, begun: Tick, now: Tick, bytes: u64) {
+        self.governor.did_beside(begun, now, bytes);
+    }
+
+    /// Whether the caller may go on with what it copies before the move begins; else when to ask again, or sooner.
+    ///
+    /// # Errors
+    /// That time.
+    pub fn may_copy_beside(&mut self, now: Tick) -> Result<(), Tick> {
+        self.governor.free_at(now).map_or(Ok(()), Err)
     }
 
     fn apply_rare(&mut self, now: Tick, event: Event, actions: &mut Vec<Action>) {
@@ -257,6 +280,8 @@ impl Machine {
             Event::Cancel => self.cancel(actions),
             Event::Switch => self.is_switch_asked = true,
             Event::SetBandwidth(limit) => self.pace.set(now, limit),
+            Event::SetMaxGuestP99(budget_us) => self.governor.set_budget(now, budget_us),
+            Event::GuestServed(latencies) => self.governor.hear(now, latencies),
             // The caller's alarm has gone off, and it has no other: what is still waited for is asked for anew.
             Event::Tick => self.wake_at = None,
         }
@@ -415,10 +440,10 @@ impl Machine {
         self.pace_at = None;
         if self.queue.has_waiting_others() && !self.may_work() {
             self.drop_waiting_others();
-            self.start_ready(actions);
+            self.start_ready(now, actions);
         }
         if self.stage == Stage::Synced && !self.is_synced() {
-            self.leave_synced(actions);
+            self.leave_synced(now, actions);
         }
         if matches!(self.stage, Stage::Copying | Stage::Mirroring) && self.may_work() {
             self.pump_copies(now, actions);
@@ -433,14 +458,14 @@ impl Machine {
     }
 
     /// Tells what has become ready in the queue to go.
-    fn start_ready(&mut self, actions: &mut Vec<Action>) {
+    fn start_ready(&mut self, now: Tick, actions: &mut Vec<Action>) {
         while let Some(slot) = self.queue.next_ready() {
             let entry = *self.queue.entry(slot);
             match entry.work {
                 Work::Write(id) => self.start_write(slot, id, entry.extents, actions),
                 work if !self.may_work() => self.undo_waiting(work, slot),
-                Work::Copy(id) => self.start_copy(id, entry.extents, actions),
-                Work::Guard(id) => self.start_guarded(slot, id, entry.extents, actions),
+                Work::Copy(id) => self.start_copy(now, id, entry.extents, actions),
+                Work::Guard(id) => self.start_guarded(now, slot, id, entry.extents, actions),
             }
         }
     }
@@ -465,6 +490,11 @@ impl Machine {
         if matches!(work, Work::Guard(_)) {
             self.verifier.put_back(range);
         }
+    }
+
+    /// When the next copy or verification may begin, unless that is now.
+    fn free_at(&mut self, now: Tick) -> Option<Tick> {
+        self.pace.free_at(now).max(self.governor.free_at(now))
     }
 
     /// Bytes of the disk in these extents.

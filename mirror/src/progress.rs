@@ -107,6 +107,10 @@ pub struct Progress {
     pub bytes_verified: u64,
     /// Bytes that are to be verified, those included that are done.
     pub bytes_to_verify: u64,
+    /// What the guest's 99th percentile may be, in microseconds.
+    pub max_guest_p99_us: Option<u64>,
+    /// The 99th percentile of the guest's reads and writes of the last two seconds, in microseconds; `None` of none.
+    pub guest_p99_us: Option<u64>,
     /// The last thing that went wrong without ending the move.
     pub warning: Option<String>,
 }

@@ -207,6 +207,11 @@ pub struct MoveRequest {
     /// Copying and verifying may use at most this many bytes a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
+    /// Microseconds that 99 of 100 of the guest's reads and writes may take: copying and verifying are slowed down for that,
+    /// to 8 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
+    /// without them, to 32 MiB a second at least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_guest_p99_us: Option<u64>,
     /// Leave the source where it is after the switch.
     #[serde(default)]
     pub keep_source: bool,
@@ -244,6 +249,11 @@ pub struct MergeRequest {
     /// Copying and verifying may use at most this many bytes a second.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
+    /// Microseconds that 99 of 100 of the guest's reads and writes may take: copying and verifying are slowed down for that,
+    /// to 8 MiB a second at least. Without it, or with 0, they are slowed down where the guest sees 1.4 times what it sees
+    /// without them, to 32 MiB a second at least.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_guest_p99_us: Option<u64>,
     /// `none`, `sample` or `full`.
     #[serde(default = "default_verify")]
     pub verify: String,
@@ -269,6 +279,9 @@ pub struct JobSettings {
     /// Bytes a second; 0 takes the limit away.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<u64>,
+    /// Microseconds that 99 of 100 of the guest's reads and writes may take; 0 takes the budget away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_guest_p99_us: Option<u64>,
 }
 
 /// A move.
@@ -302,6 +315,12 @@ pub struct Job {
     pub eta_s: u64,
     /// Passes over the disk.
     pub passes: u32,
+    /// Microseconds that 99 of 100 of the guest's reads and writes may take, where that was asked for.
+    #[serde(default)]
+    pub max_guest_p99_us: Option<u64>,
+    /// Microseconds that 99 of 100 of the guest's reads and writes took in the last two seconds; null where there were none.
+    #[serde(default)]
+    pub guest_p99_us: Option<u64>,
     /// Time spent in each phase.
     pub phases: JobPhases,
     /// The switch.

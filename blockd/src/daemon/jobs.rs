@@ -168,6 +168,9 @@ impl Daemon {
         if let Some(rate) = settings.bandwidth {
             running.set_bandwidth(Some(rate).filter(|&rate| rate > 0));
         }
+        if let Some(budget_us) = settings.max_guest_p99_us {
+            running.set_max_guest_p99(Some(budget_us).filter(|&us| us > 0));
+        }
         Ok(running.job())
     }
 

@@ -27,6 +27,7 @@ pub(super) struct Wanted {
     switch: SwitchMode,
     verify: Verify,
     bandwidth: Option<u64>,
+    max_guest_p99_us: Option<u64>,
     keep_source: bool,
     copy_only: bool,
     on_target_error: OnTargetError,
@@ -92,6 +93,7 @@ impl Wanted {
             )?,
             verify: word("verify", &request.verify, VERIFY)?,
             bandwidth: request.bandwidth.filter(|&rate| rate > 0),
+            max_guest_p99_us: request.max_guest_p99_us.filter(|&us| us > 0),
             keep_source: request.keep_source,
             copy_only: request.copy_only,
             flatten: request.flatten,
@@ -140,6 +142,7 @@ impl Wanted {
             switch: self.switch,
             verify: self.verify,
             bandwidth: self.bandwidth,
+            max_guest_p99_us: self.max_guest_p99_us,
             keep_source: self.keep_source,
             copy_only: self.copy_only,
             on_target_error: self.on_target_error,
@@ -350,6 +353,7 @@ pub(super) fn merge(source: &SourceDisk, job: &str, request: &MergeRequest) -> R
         switch: SwitchMode::Auto,
         verify,
         bandwidth: request.bandwidth.filter(|&rate| rate > 0),
+        max_guest_p99_us: request.max_guest_p99_us.filter(|&us| us > 0),
         keep_source: false,
         copy_only: false,
         on_target_error: OnTargetError::Pause,
@@ -560,6 +564,18 @@ mod tests {
         refuse(&|r| r.verify = "most".into());
         refuse(&|r| r.on_target_error = "panic".into());
         assert_eq!(b.plan("to", |r| r.bandwidth = Some(0)).expect("a plan").bandwidth, None);
+        assert_eq!(b.plan("to", |r| r.max_guest_p99_us = Some(0)).expect("a plan").max_guest_p99_us, None);
+    }
+
+    #[test]
+    fn a_latency_budget_is_kept_in_the_journal_and_was_not_in_older_ones() {
+        let b = Bench::new("web.vhdx", Format::Vhdx, ImageType::Dynamic);
+        let plan = b.plan("to", |r| r.max_guest_p99_us = Some(5_000)).expect("a plan");
+        assert_eq!(plan.max_guest_p99_us, Some(5_000));
+        let mut json = serde_json::to_value(&plan).expect("plain data");
+        assert_eq!(serde_json::from_value::<MovePlan>(json.clone()).expect("the same"), plan);
+        json.as_object_mut().expect("fields").remove("max_guest_p99_us");
+        assert_eq!(serde_json::from_value::<MovePlan>(json).expect("an older one").max_guest_p99_us, None);
     }
 
     fn place(file: impl AsRef<Path>, to: impl AsRef<Path>) -> FilePlace {

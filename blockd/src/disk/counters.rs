@@ -53,6 +53,16 @@ impl Counters {
         self.0.iter().map(|w| w.longest.swap(0, Ordering::Relaxed)).max().unwrap_or(0) / 1000
     }
 
+    /// How long all reads and writes took so far.
+    pub fn latencies(&self) -> Snapshot {
+        let mut all = Snapshot::default();
+        for w in &self.0 {
+            all.add(&w.read_latency.snapshot());
+            all.add(&w.write_latency.snapshot());
+        }
+        all
+    }
+
     /// The sum of all.
     pub fn stats(&self) -> DiskStats {
         let sum = |field: fn(&WorkerCounters) -> &AtomicU64| {

@@ -130,7 +130,7 @@ impl Control {
             return this.shared.apply(Event::Start);
         }
         (this.hooks.state_changed)(&this.job());
-        let copied = this.preparation.run(copies);
+        let copied = this.preparation.run(copies, &this.shared);
         let mut state = this.preparation.state();
         let outcome = match copied {
             _ if state.is_cancelled => Err(None),

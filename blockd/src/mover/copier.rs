@@ -11,21 +11,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use formats::{AllocState, ByteSpan, ErrorKind, ImageError, Pieces, Place, ZeroMode};
-use mirror::{Action, CopyResult, Event, ExtentRange, VerifyResult};
+use mirror::{Action, CopyResult, Event, ExtentRange, Latencies, VerifyResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_uring::buf::{BoundedBuf, IoBuf, IoBufMut};
 use tokio_uring::fs::File;
 
 use super::shared::MoveShared;
 use crate::disk::handle::ImageHandle;
+use crate::disk::shared::DiskShared;
 use crate::gate::{Gate, GateShard};
+use crate::histogram::Snapshot;
 use crate::worker::buffer::AlignedBuffer;
 
 /// What a guest's marks wait at most before the machine hears of them.
 const DELIVER_MARKS_EVERY: Duration = Duration::from_millis(20);
-/// Ranges that are read on both sides at a time. Verifying has time, and unlike a copy it only reads: what it queues at the
-/// disk the guest waits for.
-const VERIFIES_IN_FLIGHT_MAX: usize = 1;
+/// How often the machine hears how long the guest's requests take.
+const LISTEN_EVERY: Duration = Duration::from_millis(50);
 /// Zeroes in multiples of this are not written to the target: 16 KiB. Smaller gaps cost more in requests than in space.
 const ZERO_RUN: usize = 16 << 10;
 
@@ -213,13 +214,14 @@ struct Copier {
     copy_bytes_max: usize,
     buffers: std::cell::RefCell<Vec<AlignedBuffer>>,
     maintaining: Arc<AtomicBool>,
-    verifying: tokio::sync::Semaphore,
 }
 
-/// Carries out copies and verifications until the channel of actions ends; hands everything else to `control`.
+/// Carries out copies and verifications until the channel of actions ends; hands everything else to `control`. The machine
+/// hears of the requests that ended since `heard`.
 pub(super) fn run(
     shared: Arc<MoveShared>,
-    gate: Arc<Gate>,
+    disk: &DiskShared,
+    mut heard: Snapshot,
     config: &mirror::Config,
     is_merge: bool,
     actions: UnboundedReceiver<Action>,
@@ -228,18 +230,23 @@ pub(super) fn run(
     let copier = Rc::new(Copier {
         source: Side::new(shared.source())?,
         target: Side::new(shared.target())?,
-        shard: gate.shard(),
-        gate,
+        shard: disk.gate.shard(),
+        gate: disk.gate.clone(),
         disk_size: config.disk_size,
         is_merge,
         copy_bytes_max: config.copy_bytes_max as usize,
         buffers: Default::default(),
         maintaining: Arc::default(),
-        verifying: tokio::sync::Semaphore::new(VERIFIES_IN_FLIGHT_MAX),
         shared,
     });
     let runtime = tokio_uring::Runtime::new(&tokio_uring::builder())?;
-    runtime.block_on(copier.serve(actions, control));
+    let listen = || {
+        let now = disk.counters.latencies();
+        let latencies = now.since(&heard).collect();
+        heard = now;
+        latencies
+    };
+    runtime.block_on(copier.serve(actions, control, listen));
     Ok(())
 }
 
@@ -248,10 +255,13 @@ impl Copier {
         self: Rc<Self>,
         mut actions: UnboundedReceiver<Action>,
         control: &dyn Fn(Action) -> ControlFlow<()>,
+        mut listen: impl FnMut() -> Latencies,
     ) {
         let mut wake: Option<tokio::time::Instant> = None;
         let mut marks = tokio::time::interval(DELIVER_MARKS_EVERY);
         marks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut listening = tokio::time::interval(LISTEN_EVERY);
+        listening.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let alarm = wake.unwrap_or_else(|| tokio::time::Instant::now() + Duration::from_secs(3600));
             tokio::select! {
@@ -270,10 +280,8 @@ impl Copier {
                     Some(Action::Verify { id, range }) => {
                         let me = self.clone();
                         tokio_uring::spawn(async move {
-                            let turn = me.verifying.acquire().await;
                             let entry = me.shard.enter();
                             let result = me.verify(range).await;
-                            drop(turn);
                             me.shard.leave(entry);
                             me.shared.apply(Event::VerifyEnd { id, result });
                         });
@@ -291,6 +299,7 @@ impl Copier {
                     self.shared.apply(Event::Tick);
                 }
                 _ = marks.tick() => self.shared.deliver_marks(),
+                _ = listening.tick() => self.shared.apply(Event::GuestServed(listen())),
             }
         }
     }

@@ -183,6 +183,7 @@ mod tests {
             switch: SwitchMode::Auto,
             verify: Verify::None,
             bandwidth: None,
+            max_guest_p99_us: None,
             keep_source: false,
             copy_only: false,
             on_target_error: OnTargetError::Pause,

@@ -33,6 +33,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::handle::{ImageHandle, OpenImage};
 use crate::disk::{Disk, DiskError};
+use crate::histogram::Snapshot;
 use control::Control;
 use journal_file::JournalFile;
 use merging::Merging;
@@ -77,6 +78,9 @@ pub struct MovePlan {
     pub verify: Verify,
     /// Bytes a second that copying may take.
     pub bandwidth: Option<u64>,
+    /// Microseconds that 99 of 100 of the guest's reads and writes may take.
+    #[serde(default)]
+    pub max_guest_p99_us: Option<u64>,
     /// The source stays.
     pub keep_source: bool,
     /// A copy at one point in time; the disk stays where it is.
@@ -111,6 +115,7 @@ impl MovePlan {
             keep_source: self.keep_source,
             on_target_error: self.on_target_error,
             bandwidth: self.bandwidth,
+            max_guest_p99_us: self.max_guest_p99_us,
             copies_in_flight_max: COPIES_IN_FLIGHT_MAX,
             copy_bytes_max: COPY_BYTES_MAX,
         }
@@ -274,6 +279,8 @@ impl Move {
             ));
         }
         let config = plan.config(disk.geometry().virtual_size);
+        // What the guest sees from here until the first copy is what it sees without one.
+        let heard = disk.shared().counters.latencies();
         config.check().map_err(|e| DiskError::new(ErrorKind::InvalidParameter, e.to_string()))?;
         // The plan comes first: whatever a crash leaves of the target is found by it.
         let mut journal = JournalFile::open(moves_dir, &plan.job)?;
@@ -313,7 +320,7 @@ impl Move {
             started: SystemTime::now(),
             hooks,
         });
-        let spawned = this.spawn_threads(disk.clone(), config, actions);
+        let spawned = this.spawn_threads(disk.clone(), config, heard, actions);
         let to_control = match spawned {
             Ok(to_control) => to_control,
             Err(e) => {
@@ -336,6 +343,7 @@ impl Move {
         self: &Arc<Self>,
         disk: Arc<Disk>,
         config: Config,
+        heard: Snapshot,
         actions: tokio::sync::mpsc::UnboundedReceiver<Action>,
     ) -> Result<Begin, DiskError> {
         let no_thread =
@@ -352,7 +360,7 @@ impl Move {
                 }
             })
             .map_err(no_thread)?;
-        let (this, gate) = (self.clone(), disk.shared().gate.clone());
+        let (this, disk) = (self.clone(), disk.shared().clone());
         std::thread::Builder::new()
             .name("move-copy".into())
             .spawn(move || {
@@ -363,7 +371,9 @@ impl Move {
                     if last || gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
                 };
                 let is_merge = matches!(this.plan.layering, Layering::Merge(_));
-                if let Err(e) = copier::run(this.shared.clone(), gate, &config, is_merge, actions, &forward) {
+                if let Err(e) =
+                    copier::run(this.shared.clone(), &disk, heard, &config, is_merge, actions, &forward)
+                {
                     this.break_off(&format!("the copier cannot run: {e}"));
                 }
             })
@@ -439,6 +449,8 @@ impl Move {
             rate_bytes_per_s: progress.rate_bytes_per_s,
             eta_s: progress.eta_s.unwrap_or(0),
             passes: progress.passes,
+            max_guest_p99_us: progress.max_guest_p99_us,
+            guest_p99_us: progress.guest_p99_us,
             phases: JobPhases {
                 copying_s: progress.copying_s,
                 mirroring_s: progress.mirroring_s,
@@ -490,6 +502,11 @@ impl Move {
     pub fn set_bandwidth(&self, limit: Option<u64>) {
         self.preparation.state().bandwidth = limit;
         self.shared.apply(Event::SetBandwidth(limit));
+    }
+
+    /// Another budget of the guest's 99th percentile, in microseconds.
+    pub fn set_max_guest_p99(&self, budget_us: Option<u64>) {
+        self.shared.apply(Event::SetMaxGuestP99(budget_us));
     }
 
     /// Tells the machine, or what comes before it.

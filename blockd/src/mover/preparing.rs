@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 use formats::{
     CopyError, CopyProgress, CreateOptions, ErrorKind, Geometry, Image, ImageType, Layer, NewParentLink,
 };
+use mirror::Tick;
 
 use super::layering::{ParentMove, temporary};
+use super::shared::MoveShared;
 use super::{MovePlan, create_error};
 use crate::disk::DiskError;
 use crate::disk::handle::ImageHandle;
@@ -196,10 +198,12 @@ impl Preparation {
     ///
     /// # Errors
     /// Why it failed, or that it was cancelled.
-    pub(super) fn run(&self, copies: &[ParentCopy]) -> Result<(), String> {
+    pub(super) fn run(&self, copies: &[ParentCopy], shared: &MoveShared) -> Result<(), String> {
         for copy in copies {
             let before = self.state().clone();
-            let mut pace = Pace { since: Instant::now(), bytes: 0, limit: before.bandwidth };
+            let since = Instant::now();
+            let mut pace =
+                Pace { shared, since, bytes: 0, limit: before.bandwidth, begun: shared.now(), told: 0 };
             let copied = formats::copy_layer(&*copy.source, &*copy.target, &mut |now| {
                 self.report(&before, now, &mut pace)
             });
@@ -216,7 +220,8 @@ impl Preparation {
     }
 
     /// Takes note of progress, and waits while that was too fast, or paused.
-    fn report(&self, before: &State, now: CopyProgress, pace: &mut Pace) -> ControlFlow<()> {
+    fn report(&self, before: &State, now: CopyProgress, pace: &mut Pace<'_>) -> ControlFlow<()> {
+        pace.tell(now.bytes_copied);
         loop {
             let wait = {
                 let mut state = self.state();
@@ -229,6 +234,7 @@ impl Preparation {
                 }
             };
             if wait.is_zero() {
+                pace.begun = pace.shared.now();
                 return ControlFlow::Continue(());
             }
             std::thread::sleep(wait.min(LOOK_EVERY));
@@ -236,19 +242,41 @@ impl Preparation {
     }
 }
 
-/// Keeps to a limit that may change.
-struct Pace {
+/// Keeps to a limit that may change, and leaves the guest the time that the machine wants it to have.
+struct Pace<'a> {
+    shared: &'a MoveShared,
     since: Instant,
     bytes: u64,
     limit: Option<u64>,
+    /// When the present piece began, and what was copied before it.
+    begun: Tick,
+    told: u64,
 }
 
-impl Pace {
+impl Pace<'_> {
+    /// The machine hears of what was copied.
+    fn tell(&mut self, bytes: u64) {
+        if bytes > self.told {
+            self.shared.machine().copied_beside(self.begun, self.shared.now(), bytes - self.told);
+            self.told = bytes;
+        }
+    }
+
     fn wait(&mut self, bytes: u64, limit: Option<u64>) -> Duration {
         if limit != self.limit {
-            *self = Self { since: Instant::now(), bytes, limit };
+            (self.since, self.bytes, self.limit) = (Instant::now(), bytes, limit);
         }
-        let Some(limit) = limit else { return Duration::ZERO };
+        self.wait_for_limit(bytes).max(self.wait_for_guest())
+    }
+
+    fn wait_for_guest(&self) -> Duration {
+        let now = self.shared.now();
+        let until = self.shared.machine().may_copy_beside(now).err();
+        until.map_or(Duration::ZERO, |at| Duration::from_micros(at.us_since(now)))
+    }
+
+    fn wait_for_limit(&self, bytes: u64) -> Duration {
+        let Some(limit) = self.limit else { return Duration::ZERO };
         let due = (bytes - self.bytes) as f64 / limit as f64;
         Duration::try_from_secs_f64(due).unwrap_or(Duration::MAX).saturating_sub(self.since.elapsed())
     }

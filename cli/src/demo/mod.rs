@@ -339,6 +339,7 @@ fn request(stage: &Stage) -> MoveRequest {
         switch: "auto".into(),
         verify: "full".into(),
         bandwidth: None,
+        max_guest_p99_us: None,
         keep_source: false,
         copy_only: false,
         flatten: false,

@@ -14,7 +14,7 @@ impl Machine {
     }
 
     /// A failure made something dirty again.
-    pub(super) fn leave_synced(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn leave_synced(&mut self, now: Tick, actions: &mut Vec<Action>) {
         self.stage = Stage::Mirroring;
         self.flush = match self.flush {
             Flush::None | Flush::Done => Flush::None,
@@ -25,7 +25,7 @@ impl Machine {
         }
         // Guards are for sides that are held equal.
         self.drop_waiting_others();
-        self.start_ready(actions);
+        self.start_ready(now, actions);
     }
 
     /// Both sides are equal: verify, wait for the switch, flush, commit. Each step looks anew, since a failure may have
@@ -42,7 +42,7 @@ impl Machine {
             self.stage = Stage::Detaching;
             self.set_route(Route::Source, actions);
             self.queue.release_writes();
-            self.start_ready(actions);
+            self.start_ready(now, actions);
             return;
         }
         match self.flush {
@@ -171,11 +171,11 @@ impl Machine {
             Record::Phase { .. } => {}
             Record::SourceDeleted => self.ask_done(now, actions),
             Record::Committed { .. } | Record::CopyComplete | Record::TargetFinished => {
-                self.try_again(now, Again::Record(record));
+                self.try_again(now, Again::Record(Box::new(record)));
             }
             Record::Done { .. } | Record::Cancelled | Record::Failed { .. } => {
                 if self.step_backoff.attempts() < ATTEMPTS_MAX {
-                    self.try_again(now, Again::Record(record));
+                    self.try_again(now, Again::Record(Box::new(record)));
                 } else {
                     self.end();
                 }
@@ -255,7 +255,7 @@ impl Machine {
     pub(super) fn pump_endings(&mut self, now: Tick, actions: &mut Vec<Action>) {
         if let Some((_, again)) = self.again.take_if(|(at, _)| *at <= now) {
             match again {
-                Again::Record(record) => self.ask_record(record, actions),
+                Again::Record(record) => self.ask_record(*record, actions),
                 Again::Finish => actions.push(Action::FinishTarget),
                 Again::DeleteSource => actions.push(Action::DeleteSource),
                 Again::DiscardTarget => actions.push(Action::DiscardTarget),

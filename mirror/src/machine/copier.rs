@@ -31,16 +31,17 @@ enum Found {
 impl Machine {
     /// Starts copies until there are enough in flight, the limit is reached, or nothing is left.
     pub(super) fn pump_copies(&mut self, now: Tick, actions: &mut Vec<Action>) {
-        while self.queue.copies() < self.config.copies_in_flight_max {
+        let allowed = self.governor.copies();
+        while self.queue.copies() < allowed.in_flight {
             if self.dirty.is_empty() {
                 self.first_pass_may_be_through(actions);
                 return;
             }
-            self.pace_at = self.pace.free_at(now);
+            self.pace_at = self.free_at(now);
             if self.pace_at.is_some() {
                 return;
             }
-            let range = match self.find_ahead() {
+            let range = match self.find_ahead(allowed.bytes) {
                 Found::Run(range) => range,
                 Found::OnlyWritten(_) | Found::Nothing if self.stage == Stage::Copying => {
                     self.first_pass_may_be_through(actions);
@@ -50,7 +51,7 @@ impl Machine {
                 Found::Nothing => return,
             };
             self.queue_copy(range);
-            self.start_ready(actions);
+            self.start_ready(now, actions);
         }
     }
 
@@ -71,28 +72,28 @@ impl Machine {
         self.wrapped = true;
     }
 
-    /// The next thing to copy: ahead of the sweep, else (but in the first sweep) from the start again.
-    fn find_ahead(&mut self) -> Found {
-        let ahead = self.find(self.cursor..self.extents);
+    /// The next thing to copy, of at most so many bytes: ahead of the sweep, else (but in the first sweep) from the start again.
+    fn find_ahead(&mut self, bytes_max: u64) -> Found {
+        let ahead = self.find(self.cursor..self.extents, bytes_max);
         if matches!(ahead, Found::Run(_)) || self.stage == Stage::Copying || self.cursor == 0 {
             return ahead;
         }
         let end = std::mem::take(&mut self.cursor);
         self.wrapped = true;
-        match (self.find(0..end), ahead) {
+        match (self.find(0..end, bytes_max), ahead) {
             (Found::Nothing, ahead) => ahead,
             (behind, _) => behind,
         }
     }
 
-    fn find(&self, span: std::ops::Range<u32>) -> Found {
+    fn find(&self, span: std::ops::Range<u32>, bytes_max: u64) -> Found {
         let mut only_written = None;
         let mut at = span.start;
         while at < span.end {
             let Some(run) = self.dirty.range(at..span.end).next_range() else { break };
             let first = *run.start();
             match self.queue.holder(first) {
-                None => return Found::Run(self.free_part(first, *run.end())),
+                None => return Found::Run(self.free_part(first, *run.end(), bytes_max)),
                 Some((end, is_written)) => {
                     if is_written && only_written.is_none() {
                         only_written = Some(first);
@@ -105,12 +106,10 @@ impl Machine {
     }
 
     /// As much of the run `[first, last]` as one copy may have and nothing in the queue holds.
-    fn free_part(&self, first: u32, last: u32) -> ExtentRange {
+    fn free_part(&self, first: u32, last: u32, bytes_max: u64) -> ExtentRange {
         let bytes_max = match self.route {
-            Route::Mirrored => {
-                self.config.copy_bytes_max.min(MIRRORED_COPY_BYTES_MAX.max(self.config.extent_size))
-            }
-            _ => self.config.copy_bytes_max,
+            Route::Mirrored => bytes_max.min(MIRRORED_COPY_BYTES_MAX.max(self.config.extent_size)),
+            _ => bytes_max,
         };
         let count_max = u32::try_from(bytes_max / self.config.extent_size).unwrap_or(u32::MAX);
         let end_max = first.saturating_add(count_max).min(last.saturating_add(1));
@@ -130,13 +129,20 @@ impl Machine {
     }
 
     /// The copy's turn has come: no guest write to its extents is in flight where writes are mirrored.
-    pub(super) fn start_copy(&mut self, id: CopyId, range: ExtentRange, actions: &mut Vec<Action>) {
+    pub(super) fn start_copy(
+        &mut self,
+        now: Tick,
+        id: CopyId,
+        range: ExtentRange,
+        actions: &mut Vec<Action>,
+    ) {
         let removed = self.dirty.remove_range(range.first..range.end());
         assert!(
             removed == u64::from(range.count),
             "copy {id} of {range:?}: only {removed} of them are dirty"
         );
         self.verifier.touch(range);
+        self.governor.begun(now);
         actions.push(Action::Copy { id, range });
     }
 
@@ -151,6 +157,7 @@ impl Machine {
         let entry = self.queue.remove(slot);
         assert!(entry.running && entry.work == Work::Copy(id), "copy {id} ended before it was told to start");
         let range = entry.extents;
+        self.governor.ended(now, self.bytes_of(range));
         if let CopyResult::Done { bytes_written, bytes_zero } = result {
             self.counts.bytes_copied += bytes_written;
             self.counts.bytes_skipped_zero += bytes_zero;

@@ -111,6 +111,8 @@ impl Machine {
             commit_s: self.clocks.seconds_in(now, Phase::Committing),
             bytes_verified: self.counts.bytes_verified,
             bytes_to_verify,
+            max_guest_p99_us: self.governor.budget_us(),
+            guest_p99_us: self.governor.guest_p99_us(),
             warning: self.warning.clone(),
         }
     }

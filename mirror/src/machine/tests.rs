@@ -424,6 +424,51 @@ fn the_limit_makes_copies_wait_and_can_be_lifted() {
 }
 
 #[test]
+fn copies_and_comparisons_wait_for_a_guest_that_is_over_its_budget() {
+    let big =
+        Config { copy_bytes_max: 4 * EXTENT, copies_in_flight_max: 1, verify: Verify::Full, ..config(16) };
+    let (mut bench, actions) = Bench::scanned(big, 0..12);
+    assert_eq!(actions, [copy(1, 0, 4)]);
+    assert_eq!(bench.apply(Event::SetMaxGuestP99(Some(1_000))), []);
+    let slow = || Event::GuestServed([(9_000, 1_000)].into_iter().collect());
+    for _ in 0..10 {
+        bench.now = bench.now.plus_us(2_000);
+        assert_eq!(bench.apply(slow()), []);
+    }
+    // Each copy is of one extent now, and a pause comes after it.
+    let ended = bench.copied(1);
+    let [Action::Wake(at)] = ended[..] else { panic!("{ended:?} is no pause") };
+    assert!(at > bench.now);
+    bench.now = at;
+    assert_eq!(bench.apply(Event::Tick), [copy(2, 4, 1)]);
+    let progress = bench.machine.progress(bench.now);
+    assert_eq!((progress.max_guest_p99_us, progress.guest_p99_us), (Some(1_000), Some(9_000)));
+    // Nothing is held up once the budget is gone, but for the rest that shows what the guest sees without a move.
+    assert_eq!(bench.apply(Event::SetMaxGuestP99(None)), []);
+    for _ in 0..50 {
+        bench.now = bench.now.plus_us(50_000);
+        bench.apply(Event::GuestServed(Default::default()));
+    }
+    assert_eq!(bench.copied(2), [copy(3, 5, 4)]);
+}
+
+#[test]
+fn a_move_of_a_busy_disk_rests_first_to_see_how_fast_it_is_alone() {
+    let (mut bench, _) = Bench::scanned(Config { copy_bytes_max: 4 * EXTENT, ..config(64) }, []);
+    let heard = |bench: &mut Bench| {
+        bench.now = bench.now.plus_us(50_000);
+        bench.apply(Event::GuestServed([(100, 500)].into_iter().collect()))
+    };
+    assert_eq!(heard(&mut bench), []);
+    let rest = bench.apply(Event::Dirtied(ExtentRange { first: 0, count: 64 }));
+    assert!(matches!(rest[..], [Action::Wake(_)]), "{rest:?}");
+    for _ in 0..3 {
+        assert_eq!(heard(&mut bench), []);
+    }
+    assert_eq!(heard(&mut bench), [copy(1, 0, 1)]);
+}
+
+#[test]
 fn the_sweep_finds_what_is_dirty_in_large_sets() {
     let extents = 400_000_u32;
     let big = Config {
@@ -474,6 +519,7 @@ fn parameters_out_of_range_are_refused() {
         Config { copies_in_flight_max: 0, ..config(1) },
         Config { copy_bytes_max: EXTENT + 1, ..config(1) },
         Config { bandwidth: Some(0), ..config(1) },
+        Config { max_guest_p99_us: Some(0), ..config(1) },
         Config { plan: Plan { generation: u64::MAX, ..Plan::default() }, ..config(1) },
     ] {
         assert!(bad.check().is_err(), "{bad:?}");

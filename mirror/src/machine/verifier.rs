@@ -30,7 +30,6 @@ struct InFlight {
 pub(super) struct Verifier {
     what: Verify,
     extents: u32,
-    extents_max: u32,
     seed: u64,
     /// Full: the next extent. Sample: the next sample, of `samples()`.
     position: u32,
@@ -47,7 +46,6 @@ impl Verifier {
         Self {
             what: config.verify,
             extents: config.extent_count(),
-            extents_max: u32::try_from(config.copy_bytes_max / config.extent_size).unwrap_or(u32::MAX),
             seed: u64::from(crc32c::crc32c(config.plan.job.as_bytes())),
             position: 0,
             now: RoaringBitmap::new(),
@@ -102,12 +100,12 @@ impl Verifier {
         self.in_flight.len() as u32 + self.guards_waiting
     }
 
-    /// The next range, and whether guest writes to it have to wait.
-    fn next(&mut self) -> Option<(ExtentRange, bool)> {
+    /// The next range, of so many extents at most, and whether guest writes to it have to wait.
+    fn next(&mut self, extents_max: u32) -> Option<(ExtentRange, bool)> {
         if self.position < self.positions() {
             let range = match self.what {
                 Verify::Full => {
-                    let count = self.extents_max.min(self.extents - self.position);
+                    let count = extents_max.min(self.extents - self.position);
                     ExtentRange { first: self.position, count }
                 }
                 _ => ExtentRange { first: self.sample(self.position), count: 1 },
@@ -176,35 +174,39 @@ fn scrambled(mut bits: u64) -> u64 {
 impl Machine {
     /// Begins comparisons; whether all is verified.
     pub(super) fn pump_verifier(&mut self, now: Tick, actions: &mut Vec<Action>) -> bool {
-        while self.verifier.in_flight() < self.config.copies_in_flight_max && !self.verifier.is_complete() {
-            self.pace_at = self.pace.free_at(now);
+        let allowed = self.governor.verifications();
+        let extents_max = u32::try_from(allowed.bytes / self.config.extent_size).unwrap_or(u32::MAX);
+        while self.verifier.in_flight() < allowed.in_flight && !self.verifier.is_complete() {
+            self.pace_at = self.free_at(now);
             if self.pace_at.is_some() {
                 break;
             }
-            let Some((range, is_guarded)) = self.verifier.next() else { break };
+            let Some((range, is_guarded)) = self.verifier.next(extents_max) else { break };
             self.pace.take(self.bytes_of(range));
             let id = self.next_id();
             if is_guarded {
                 self.verifier.guards_waiting += 1;
                 self.queue.insert(Work::Guard(id), range, (0, 0));
-                self.start_ready(actions);
+                self.start_ready(now, actions);
             } else {
-                self.start_verification(id, range, actions);
+                self.start_verification(now, id, range, actions);
             }
         }
         self.verifier.is_complete()
     }
 
-    fn start_verification(&mut self, id: CopyId, range: ExtentRange, actions: &mut Vec<Action>) {
+    fn start_verification(&mut self, now: Tick, id: CopyId, range: ExtentRange, actions: &mut Vec<Action>) {
         assert!(self.is_synced(), "{range:?} would be compared though the sides are not held equal");
         let is_touched = self.queue.is_written(range);
         self.verifier.in_flight.push(InFlight { id, range, is_touched });
+        self.governor.begun(now);
         actions.push(Action::Verify { id, range });
     }
 
     /// The guard's turn has come: no guest write to its extents is in flight, and none will start until it ends.
     pub(super) fn start_guarded(
         &mut self,
+        now: Tick,
         slot: Slot,
         id: CopyId,
         range: ExtentRange,
@@ -214,7 +216,7 @@ impl Machine {
             return self.undo_waiting(Work::Guard(id), slot);
         }
         self.verifier.guards_waiting -= 1;
-        self.start_verification(id, range, actions);
+        self.start_verification(now, id, range, actions);
     }
 
     pub(super) fn verify_ended(
@@ -230,6 +232,7 @@ impl Machine {
         if let Some(slot) = self.queue.other_slot(id) {
             self.queue.remove(slot);
         }
+        self.governor.ended(now, self.bytes_of(range));
         if result == VerifyResult::Equal {
             let bytes = self.bytes_of(range);
             self.counts.bytes_verified += bytes;

@@ -73,6 +73,7 @@ pub(crate) fn chosen_config(dice: &mut Dice) -> Config {
             OnTargetError::Abort,
         ][dice.below(4) as usize],
         bandwidth: dice.one_in(4).then(|| u64::from(dice.within(500_000, 20_000_000))),
+        max_guest_p99_us: dice.one_in(2).then(|| u64::from(dice.within(1, 2_000))),
         copies_in_flight_max: dice.within(1, 4),
         copy_bytes_max: extent_size * u64::from(dice.within(1, 6)),
     }

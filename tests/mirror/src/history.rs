@@ -48,6 +48,8 @@ pub(crate) struct Sim {
     pub(crate) actions: Vec<Action>,
     pub(crate) now: Tick,
     pub(crate) wake_at: Option<Tick>,
+    /// When the machine next hears how long requests took; never, if the caller does not tell.
+    pub(crate) hears_at: Option<Tick>,
     pub(crate) steps: u32,
 
     pub(crate) disks: [Disk; 2],
@@ -155,6 +157,7 @@ impl Sim {
             actions: Vec::new(),
             now: Tick(u64::from(dice.below(1000))),
             wake_at: None,
+            hears_at: None,
             steps: 0,
             disks: [source, Disk::new(sectors)],
             oracle,
@@ -203,6 +206,7 @@ impl Sim {
         let starts_at = self.dice.below(20);
         let cancels_at = (calm_at > 0 && self.dice.one_in(6)).then(|| self.dice.below(calm_at));
         self.limit = self.config.bandwidth.map(|rate| (rate, self.now, 0));
+        self.hears_at = (!self.dice.one_in(4)).then_some(self.now);
         let mut is_calm = false;
         loop {
             let step = self.steps - first_step;
@@ -280,6 +284,25 @@ impl Sim {
             self.wake_at = None;
             self.apply(Event::Tick);
         }
+        if self.hears_at.is_some_and(|at| at <= self.now) {
+            self.hear();
+        }
+    }
+
+    /// The machine is told how long requests took: what it makes of that is no matter of right or wrong, but must not keep the
+    /// move from its end.
+    fn hear(&mut self) {
+        // Now and then the caller is late.
+        let wait_us = if self.dice.one_in(8) { self.dice.below(1_000_000) } else { 50_000 };
+        self.hears_at = Some(self.now.plus_us(u64::from(wait_us)));
+        let kinds = if self.dice.one_in(3) { 0 } else { self.dice.within(1, 4) };
+        let some = |dice: &mut Dice| {
+            let us_max = [300, 20_000, 3_000_000][dice.below(3) as usize];
+            (u64::from(dice.below(us_max)), u64::from(dice.below(300)))
+        };
+        let heard = (0..kinds).map(|_| some(&mut self.dice)).collect();
+        self.apply(Event::GuestServed(heard));
+        self.tally.held_back += u32::from(self.wake_at.is_some());
     }
 
     fn step(&mut self, is_calm: bool) {
@@ -319,7 +342,7 @@ impl Sim {
         if self.may_settle() {
             self.settle();
         } else if let Some(at) = self.wake_at {
-            self.now = self.now.max(at);
+            self.now = self.now.max(self.hears_at.map_or(at, |hears_at| hears_at.min(at)));
         } else {
             let state = self.machine.state();
             let waits_for_people = matches!(state, JobState::Paused { .. })
@@ -362,6 +385,10 @@ impl Sim {
             _ if is_calm => return,
             0 | 1 => Event::Resume,
             2 => Event::Switch,
+            6 => {
+                let budget_us = self.dice.one_in(2).then(|| u64::from(self.dice.within(1, 2_000)));
+                Event::SetMaxGuestP99(budget_us)
+            }
             3 | 4 => Event::Pause,
             5 => {
                 let limit = self.dice.one_in(2).then(|| u64::from(self.dice.within(200_000, 8_000_000)));

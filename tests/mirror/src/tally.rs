@@ -22,6 +22,7 @@ pub struct Tally {
     pub mismatches_found: u32,
     pub records_failed: u32,
     pub stragglers: u32,
+    pub held_back: u32,
 }
 
 impl Tally {
@@ -45,5 +46,6 @@ impl Tally {
         self.mismatches_found += other.mismatches_found;
         self.records_failed += other.records_failed;
         self.stragglers += other.stragglers;
+        self.held_back += other.held_back;
     }
 }

@@ -70,6 +70,7 @@ fn assert_rare_things_happened(tally: &Tally) {
         ("mismatches found", tally.mismatches_found),
         ("failed records", tally.records_failed),
         ("late workers", tally.stragglers),
+        ("copies held back", tally.held_back),
     ];
     for (what, times) in rare {
         assert!(times >= 20, "{what}: only {times} in {} histories", tally.histories);

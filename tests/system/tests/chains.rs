@@ -82,6 +82,7 @@ impl Bench {
         let request = MergeRequest {
             into: into.map(|path| path.display().to_string()),
             bandwidth: None,
+            max_guest_p99_us: None,
             verify: "full".into(),
         };
         self.daemon.call("POST", "/v1/disks/disk/merge", Some(&request)).unwrap()
@@ -195,7 +196,8 @@ fn a_merge_that_was_cancelled_leaves_the_chain_and_the_next_one_succeeds() {
         let (mut bench, load) = Bench::with_chain(kind, 3, 63);
         for _ in 0..4 {
             let before = bench.chain();
-            let request = MergeRequest { into: None, bandwidth: Some(1 << 20), verify: "full".into() };
+            let request =
+                MergeRequest { bandwidth: Some(1 << 20), verify: "full".into(), ..MergeRequest::default() };
             let job: Job = bench.daemon.call("POST", "/v1/disks/disk/merge", Some(&request)).unwrap();
             bench.daemon.wait_job(&job.job, MINUTE, |job| job.bytes_copied > 0).unwrap();
             bench.daemon.job_verb(&job.job, "cancel").unwrap();
@@ -224,7 +226,8 @@ fn the_daemons_death_during_merges_loses_nothing() {
         let (mut bench, load) = Bench::with_chain(kind, 2, 64);
         let mut kills = 0;
         for _ in 0..6 {
-            let request = MergeRequest { into: None, bandwidth: Some(64 << 20), verify: "full".into() };
+            let request =
+                MergeRequest { bandwidth: Some(64 << 20), verify: "full".into(), ..MergeRequest::default() };
             let job: Job = bench.daemon.call("POST", "/v1/disks/disk/merge", Some(&request)).unwrap();
             for _ in 0..2 {
                 std::thread::sleep(Duration::from_micros(random.random_range(0..700_000)));

@@ -72,6 +72,7 @@ impl Bench {
             switch: "auto".into(),
             verify: "full".into(),
             bandwidth: None,
+            max_guest_p99_us: None,
             keep_source: false,
             copy_only: false,
             flatten: false,
@@ -253,7 +254,7 @@ fn a_move_pauses_resumes_and_keeps_to_its_bandwidth() {
     load.wait_requests(500, MINUTE).unwrap();
     assert_eq!(bench.daemon.job(&job.job).unwrap().bytes_copied, before, "nothing is copied while paused");
     bench.daemon.job_verb(&job.job, "resume").unwrap();
-    let settings = JobSettings { bandwidth: Some(0) };
+    let settings = JobSettings { bandwidth: Some(0), ..JobSettings::default() };
     let _: Job = bench.daemon.call("PATCH", &format!("/v1/jobs/{}", job.job), Some(&settings)).unwrap();
     let start = Instant::now();
     bench.wait_done(&job);
@@ -492,7 +493,7 @@ fn a_target_without_space_pauses_the_move_and_not_the_guest() {
         load.wait_requests(500, MINUTE).unwrap();
         std::fs::remove_file(&hog).unwrap();
         bench.daemon.job_verb(&job.job, "resume").unwrap();
-        let settings = JobSettings { bandwidth: Some(0) };
+        let settings = JobSettings { bandwidth: Some(0), ..JobSettings::default() };
         let _: Job = bench.daemon.call("PATCH", &format!("/v1/jobs/{}", job.job), Some(&settings)).unwrap();
         bench.wait_done(&job);
         load.wait_requests(200, MINUTE).unwrap();
@@ -673,7 +674,7 @@ fn a_paused_move_survives_the_daemons_death() {
     if after.state == "paused" {
         bench.daemon.job_verb(&job.job, "resume").unwrap();
     }
-    let settings = JobSettings { bandwidth: Some(0) };
+    let settings = JobSettings { bandwidth: Some(0), ..JobSettings::default() };
     let _: Job = bench.daemon.call("PATCH", &format!("/v1/jobs/{}", job.job), Some(&settings)).unwrap();
     bench.wait_done(&job);
     bench.finish(load, Image::DynamicVhd);
