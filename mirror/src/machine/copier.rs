@@ -90,10 +90,9 @@ impl Machine {
         let mut only_written = None;
         let mut at = span.start;
         while at < span.end {
-            let Some(run) = self.dirty.range(at..span.end).next_range() else { break };
-            let first = *run.start();
+            let Some(first) = self.dirty.range(at..span.end).next() else { break };
             match self.queue.holder(first) {
-                None => return Found::Run(self.free_part(first, *run.end(), bytes_max)),
+                None => return Found::Run(self.free_part(first, span.end, bytes_max)),
                 Some((end, is_written)) => {
                     if is_written && only_written.is_none() {
                         only_written = Some(first);
@@ -105,14 +104,17 @@ impl Machine {
         only_written.map_or(Found::Nothing, Found::OnlyWritten)
     }
 
-    /// As much of the run `[first, last]` as one copy may have and nothing in the queue holds.
-    fn free_part(&self, first: u32, last: u32, bytes_max: u64) -> ExtentRange {
+    /// As much of the dirty run that begins at `first`, before `end`, as one copy may have and nothing in the queue holds.
+    fn free_part(&self, first: u32, end: u32, bytes_max: u64) -> ExtentRange {
         let bytes_max = match self.route {
             Route::Mirrored => bytes_max.min(MIRRORED_COPY_BYTES_MAX.max(self.config.extent_size)),
             _ => bytes_max,
         };
         let count_max = u32::try_from(bytes_max / self.config.extent_size).unwrap_or(u32::MAX);
-        let end_max = first.saturating_add(count_max).min(last.saturating_add(1));
+        let end_max = first.saturating_add(count_max).min(end);
+        // No further than a copy may go: a run over all of a large disk would be followed for each copy.
+        let run = self.dirty.range(first..end_max).next_range();
+        let end_max = run.map_or(end_max, |run| run.end() + 1);
         let end = (first + 1..end_max).find(|&extent| self.queue.holder(extent).is_some()).unwrap_or(end_max);
         ExtentRange { first, count: end - first }
     }
@@ -136,11 +138,9 @@ impl Machine {
         range: ExtentRange,
         actions: &mut Vec<Action>,
     ) {
-        let removed = self.dirty.remove_range(range.first..range.end());
-        assert!(
-            removed == u64::from(range.count),
-            "copy {id} of {range:?}: only {removed} of them are dirty"
-        );
+        // One by one, since it is a few: a range is looked for in all of the set.
+        let removed = (range.first..range.end()).filter(|extent| self.dirty.remove(*extent)).count();
+        assert!(removed == range.count as usize, "copy {id} of {range:?}: only {removed} of them are dirty");
         self.verifier.touch(range);
         self.governor.begun(now);
         actions.push(Action::Copy { id, range });
