@@ -35,8 +35,9 @@ impl Marks {
             });
             let bit = 1 << (extent % 64);
             chunk.words[(extent % CHUNK / 64) as usize].fetch_or(bit, Ordering::Release);
-            // After the bit: a collector that clears the flag first and looks then cannot miss it.
-            chunk.any.store(true, Ordering::Release);
+            // After the bit: a collector that clears the flag first and looks then cannot miss it. Not a mere store, which
+            // would hide another worker's from the collector, and with it that worker's bit.
+            chunk.any.fetch_or(true, Ordering::Release);
         }
     }
 
@@ -48,6 +49,10 @@ impl Marks {
                 continue;
             }
             for (w, word) in chunk.words.iter().enumerate() {
+                // Most words of a chunk hold nothing, and looking is cheaper than taking. What is set from now on sets the flag.
+                if word.load(Ordering::Acquire) == 0 {
+                    continue;
+                }
                 let mut bits = word.swap(0, Ordering::Acquire);
                 while bits != 0 {
                     let start = bits.trailing_zeros();
