@@ -163,6 +163,7 @@ fn request(target: &Path, kind: Kind) -> MoveRequest {
         switch: "manual".into(),
         verify: "none".into(),
         bandwidth: None,
+        max_guest_p99_us: None,
         keep_source: false,
         copy_only: false,
         flatten: false,

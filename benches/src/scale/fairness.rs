@@ -99,7 +99,7 @@ fn move_all(served: &Served, disks: &[Disk], dir: &Path) -> Result<Round> {
         let request = request(&disk.id, &dir.join(format!("moved-{}.vhdx", disk.id)));
         jobs.push(call(&api, "POST", "/v1/moves", Some(&request))?);
     }
-    let free = JobSettings { bandwidth: Some(0) };
+    let free = JobSettings { bandwidth: Some(0), max_guest_p99_us: None };
     let release = |job: &Job| -> Result<(Instant, Job)> {
         Ok((Instant::now(), call(&api, "PATCH", &format!("/v1/jobs/{}", job.job), Some(&free))?))
     };
@@ -151,6 +151,7 @@ fn request(disk: &str, target: &Path) -> MoveRequest {
         switch: "auto".into(),
         verify: "none".into(),
         bandwidth: Some(SLOW),
+        max_guest_p99_us: None,
         keep_source: false,
         copy_only: false,
         flatten: false,
