@@ -59,8 +59,9 @@ const SLOTS_MAX: usize = 1024;
 const BYTES_IN_FLIGHT_MAX: u64 = 256 << 20;
 /// Most requests taken from one queue before the next one has its turn.
 const BATCH: usize = 64;
-/// Bytes after whose copying by the worker itself the next queue has its turn, and the drivers are told.
-const BYTES_HERE_MAX: u64 = 1 << 20;
+/// Bytes after whose copying by the worker itself the next queue has its turn, and the drivers are told: so that a driver that
+/// sleeps makes its next requests while the ones before are copied.
+const BYTES_HERE_MAX: u64 = 128 << 10;
 /// The longest that a worker polls before it sleeps.
 const POLL_MAX: Duration = Duration::from_micros(64);
 /// The shortest window that is worth polling at all.
