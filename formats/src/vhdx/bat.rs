@@ -1,9 +1,11 @@
 //! The block allocation table (2.5): validated as a stream, kept in memory page by page.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use super::MIB;
+pub(super) use super::bat_pages::PAGE_ENTRIES;
+use super::bat_pages::{Entries, Pages};
 use super::corruption::{Corruption, Stop};
 use super::le::u64_at;
 use super::log_entry::SECTOR;
@@ -12,8 +14,9 @@ use super::region::Region;
 use super::space::Space;
 use crate::{ImageError, Storage};
 
-/// Entries of one page of 4 KiB: what one log sector carries.
-pub(super) const PAGE_ENTRIES: u64 = 512;
+/// Pages of the table that are in memory at once: 32 MiB of them, the table of 4 TiB in blocks of 1 MiB. A disk that is not larger
+/// has all of its table in memory once it was read.
+pub(super) const TABLE_PAGES_MAX: usize = 8192;
 /// Bytes that are read at once when the table is validated.
 const BATCH: u64 = 256 << 10;
 
@@ -263,22 +266,25 @@ impl Table {
     }
 }
 
-type Page = Box<[AtomicU64; PAGE_ENTRIES as usize]>;
-
-/// The table in memory. Pages are read when they are first needed and stay.
+/// The table in memory. Pages are read when they are needed; see [`Pages`] for how long they stay.
+///
+/// Whoever changes the table holds the lock on the image's changes: pins the pages ([`Bat::pin`]), writes the log entry with
+/// what [`Bat::encode_page`] says, shows the change ([`Bat::publish`]), and releases the pages when they are durable in their
+/// places ([`Bat::release`]).
 #[derive(Debug)]
 pub(super) struct Bat {
     view: Arc<dyn Storage>,
     table: Table,
-    pages: Box<[OnceLock<Page>]>,
-    /// Pages that held anything when the image was opened. The others need not be read.
-    populated: Box<[u64]>,
+    pages: Pages,
+    /// Pages that held anything when the image was opened, or do since. The others need not be read.
+    populated: Box<[AtomicU64]>,
 }
 
 impl Bat {
-    pub(super) fn new(view: Arc<dyn Storage>, table: Table, census: &Census) -> Self {
-        let pages = (0..table.pages()).map(|_| OnceLock::new()).collect();
-        Self { view, table, pages, populated: census.populated.clone().into() }
+    /// At most `pages_max` pages are in memory, but for those that are pinned.
+    pub(super) fn new(view: Arc<dyn Storage>, table: Table, census: &Census, pages_max: usize) -> Self {
+        let populated = census.populated.iter().map(|bits| AtomicU64::new(*bits)).collect();
+        Self { view, table, pages: Pages::new(table.pages(), pages_max), populated }
     }
 
     pub(super) fn layout(&self) -> &BlockLayout {
@@ -291,7 +297,7 @@ impl Bat {
     }
 
     fn is_populated(&self, page: u64) -> bool {
-        self.populated[(page / 64) as usize] >> (page % 64) & 1 == 1
+        self.populated[(page / 64) as usize].load(Ordering::Acquire) >> (page % 64) & 1 == 1
     }
 
     /// The entry of a payload block.
@@ -305,20 +311,21 @@ impl Bat {
     }
 
     fn entry(&self, index: u64) -> Result<BatEntry, ImageError> {
-        let page = index / PAGE_ENTRIES;
-        if self.pages[page as usize].get().is_none() && !self.is_populated(page) {
+        let (page, within) = (index / PAGE_ENTRIES, (index % PAGE_ENTRIES) as usize);
+        if let Some(entry) = self.pages.find(page, within) {
+            return Ok(BatEntry(entry));
+        }
+        if !self.is_populated(page) {
             return Ok(BatEntry(0));
         }
-        let page = self.page(page)?;
-        // Acquire: whoever sees a new place also sees that its log entry was written before.
-        Ok(BatEntry(page[(index % PAGE_ENTRIES) as usize].load(Ordering::Acquire)))
+        self.pages.entry(page, within, &|| self.read_page(page)).map(BatEntry)
     }
 
     /// How many blocks from `block` on are known to be absent because their page never held anything.
     pub(super) fn absent_run(&self, block: u64) -> u64 {
         let index = self.table.layout.index_of(block);
         let page = index / PAGE_ENTRIES;
-        if self.pages[page as usize].get().is_some() || self.is_populated(page) {
+        if self.is_populated(page) {
             return 0;
         }
         // The page's last payload entry; bitmap entries in between only make the run shorter.
@@ -327,50 +334,54 @@ impl Bat {
         page_end.min(chunk_end).min(self.table.layout.blocks) - block
     }
 
-    fn page(&self, page: u64) -> Result<&Page, ImageError> {
-        let slot = &self.pages[page as usize];
-        if let Some(loaded) = slot.get() {
-            return Ok(loaded);
-        }
-        let mut buf = vec![0; SECTOR];
+    fn read_page(&self, page: u64) -> Result<Entries, ImageError> {
+        let mut buf = [0; SECTOR];
         let offset = self.page_offset(page);
         self.view
             .read_at(&mut buf, offset)
             .map_err(|e| ImageError::io(format!("reading the BAT at {offset:#x}"), e))?;
-        let entries: Vec<AtomicU64> = buf.chunks_exact(8).map(|raw| AtomicU64::new(u64_at(raw, 0))).collect();
-        for (i, entry) in entries.iter().enumerate() {
-            let index = page * PAGE_ENTRIES + i as u64;
-            if index < self.table.layout.entries {
-                self.revalidate(index, BatEntry(entry.load(Ordering::Relaxed)))?;
-            }
-        }
-        let entries: Page = entries.try_into().expect("a page has 512 entries");
-        // Another thread may have been faster, and changed its copy since: then that one counts.
-        Ok(slot.get_or_init(|| entries))
+        let entries: Entries = std::array::from_fn(|i| u64_at(&buf, i * 8));
+        self.revalidate(page, &entries)?;
+        Ok(entries)
     }
 
     /// The table was validated when the image was opened; this is for files that changed behind our back since.
-    fn revalidate(&self, index: u64, entry: BatEntry) -> Result<(), ImageError> {
+    fn revalidate(&self, page: u64, entries: &Entries) -> Result<(), ImageError> {
         let table = Table { file_len: super::MAX_FILE_SIZE, ..self.table };
-        table.validate_entry(index, table.layout.owner_of(index), entry).map(drop).map_err(ImageError::from)
-    }
-
-    /// The 4 KiB of a page as they are now, with changes that are not published yet.
-    pub(super) fn encode_page(&self, page: u64, changes: &[(u64, BatEntry)]) -> Result<Vec<u8>, ImageError> {
-        let loaded = self.page(page)?;
-        let mut buf: Vec<u8> =
-            loaded.iter().flat_map(|entry| entry.load(Ordering::Acquire).to_le_bytes()).collect();
-        for (index, entry) in changes.iter().filter(|(index, _)| index / PAGE_ENTRIES == page) {
-            let at = (index % PAGE_ENTRIES) as usize * 8;
-            buf[at..at + 8].copy_from_slice(&entry.0.to_le_bytes());
+        let mut owners = Owners::new(table.layout);
+        for (index, entry) in
+            (page * PAGE_ENTRIES..table.layout.entries).zip(entries).filter(|(_, e)| **e != 0)
+        {
+            let (_, owner) = owners.at(index);
+            table.validate_entry(index, owner, BatEntry(*entry))?;
         }
-        Ok(buf)
+        Ok(())
     }
 
-    /// Makes a change that is in the log visible.
+    /// Has a page in memory until it is released, since it is going to be changed. Nothing happens when that fails.
+    pub(super) fn pin(&self, page: u64) -> Result<(), ImageError> {
+        self.pages.pin(page, &|| self.read_page(page))
+    }
+
+    /// Says of pages that are pinned that their places in the file have what they have in memory.
+    pub(super) fn release(&self, pages: impl IntoIterator<Item = u64>) {
+        self.pages.release(pages);
+    }
+
+    /// The 4 KiB of a pinned page as they are now, with changes that are not published yet.
+    pub(super) fn encode_page(&self, page: u64, changes: &[(u64, BatEntry)]) -> Vec<u8> {
+        let mut entries = self.pages.pinned(page);
+        for (index, entry) in changes.iter().filter(|(index, _)| index / PAGE_ENTRIES == page) {
+            entries[(index % PAGE_ENTRIES) as usize] = entry.0;
+        }
+        entries.iter().flat_map(|entry| entry.to_le_bytes()).collect()
+    }
+
+    /// Makes a change of a pinned page that is in the log visible.
     pub(super) fn publish(&self, index: u64, entry: BatEntry) {
-        let page = self.pages[(index / PAGE_ENTRIES) as usize].get();
-        let page = page.expect("a page is loaded before its change is logged");
-        page[(index % PAGE_ENTRIES) as usize].store(entry.0, Ordering::Release);
+        let (page, within) = (index / PAGE_ENTRIES, (index % PAGE_ENTRIES) as usize);
+        // First: whoever sees the entry also sees, when the page is in memory no more, that it has to be read.
+        self.populated[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Release);
+        self.pages.store(page, within, entry.0);
     }
 }

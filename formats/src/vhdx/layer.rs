@@ -32,7 +32,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-use super::bat::{Bat, BatEntry, PAGE_ENTRIES, state};
+use super::bat::{Bat, BatEntry, PAGE_ENTRIES, TABLE_PAGES_MAX, state};
 use super::bitmap::{BitSpan, Bitmaps, CHUNK_SECTORS, Edit};
 use super::log_entry::SECTOR;
 use super::log_writer::PAGES_MAX;
@@ -509,7 +509,7 @@ pub(super) fn bring_home(
     parsed: &Parsed,
     noted: &[Range<u64>],
 ) -> Result<(), ImageError> {
-    let bat = Bat::new(parsed.view.clone(), parsed.table, &parsed.census);
+    let bat = Bat::new(parsed.view.clone(), parsed.table, &parsed.census, TABLE_PAGES_MAX);
     let bitmaps = Bitmaps::new(parsed.view.clone(), &parsed.metadata);
     let per_block = bitmaps.block_sectors;
     let sectors = parsed.metadata.virtual_size / u64::from(parsed.metadata.logical_sector);

@@ -9,8 +9,8 @@ use crate::{ImageError, Storage};
 
 /// Pages of one entry at most.
 pub(super) const PAGES_MAX: usize = 64;
-/// No more of a log than this is used: what is logged and not yet applied is in memory too, and has to be replayed.
-const USED_MAX: u64 = 64 << 20;
+/// No more of a log than this is used, in bytes: what is logged and not yet applied is in memory too, and has to be replayed.
+pub(super) const USED_MAX: u64 = 8 << 20;
 /// Bytes that stay free for an empty entry, which is what makes room.
 const RESERVE: u64 = 2 * SECTOR_LEN;
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   parse ─► headers, log replayed (over the file, or into it), regions, metadata, BAT: all validated
-//!   bat.rs     the map in memory, read without a lock
+//!   bat.rs     the map, read without a lock; bat_pages.rs: what of it is in memory
 //!   space.rs   which MiB of the file are taken
 //!   session.rs changes: log entries, checkpoints, reclaiming space
 //!   layer.rs   differencing: which sectors are the image's own; bitmap.rs: how the file says it
@@ -14,6 +14,7 @@
 
 mod audit;
 mod bat;
+mod bat_pages;
 mod bitmap;
 mod check;
 mod compact;
@@ -54,7 +55,7 @@ pub use guid::Guid;
 pub use relink::relink;
 pub use resize::{ParentIsZero, grow_as, resize, resize_over};
 
-use bat::{Bat, state};
+use bat::{Bat, TABLE_PAGES_MAX, state};
 use bitmap::Bitmaps;
 use layer::Differences;
 use metadata::Metadata;
@@ -224,7 +225,8 @@ impl Vhdx {
         if parsed.metadata.has_parent {
             return Err(parent_needed(&parsed));
         }
-        Self::open_parsed(storage, parsed, &LayerOptions { read_only, ..LayerOptions::default() })
+        let options = LayerOptions { read_only, ..LayerOptions::default() };
+        Self::open_parsed(storage, parsed, &options, TABLE_PAGES_MAX)
     }
 
     /// Opens an image of any type by itself; of a differencing one this is the layer that [`crate::Chain`] puts on its
@@ -234,14 +236,31 @@ impl Vhdx {
     /// # Errors
     /// As [`Self::open`] (but for [`ErrorKind::Parent`]), and what the notes file says.
     pub fn open_layer(storage: Arc<dyn Storage>, options: &LayerOptions) -> Result<Self, ImageError> {
+        Self::open_bounded(storage, options, TABLE_PAGES_MAX)
+    }
+
+    /// As [`Self::open_layer`], with at most `table_pages` pages (1 to 65536) of 4 KiB of the block allocation table in memory,
+    /// instead of 8192, and besides them those with changes that only the log has.
+    ///
+    /// # Errors
+    /// As [`Self::open_layer`].
+    ///
+    /// # Panics
+    /// With a number of pages out of range.
+    pub fn open_bounded(
+        storage: Arc<dyn Storage>,
+        options: &LayerOptions,
+        table_pages: usize,
+    ) -> Result<Self, ImageError> {
         let parsed = strict(&storage)?;
-        Self::open_parsed(storage, parsed, options)
+        Self::open_parsed(storage, parsed, options, table_pages)
     }
 
     fn open_parsed(
         storage: Arc<dyn Storage>,
         mut parsed: Parsed,
         options: &LayerOptions,
+        table_pages: usize,
     ) -> Result<Self, ImageError> {
         let was_dirty = parsed.overlay.is_some();
         let (own, ids) = own_sectors(&parsed, options)?;
@@ -273,7 +292,7 @@ impl Vhdx {
         let image = Self {
             files: vec![payload],
             payload_end: if reaches_payload { u64::MAX } else { payload_end },
-            bat: Bat::new(view, table, &census),
+            bat: Bat::new(view, table, &census, table_pages),
             diff,
             storage,
             read_only: options.read_only,

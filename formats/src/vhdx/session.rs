@@ -41,7 +41,7 @@ pub(super) struct Inner {
     /// Sizes that are not yet known to be durable: (event, size).
     growths: Vec<(u64, u64)>,
     log: Option<LogWriter>,
-    /// Pages of the BAT that are newer in the log than in their place: the last entry that has them.
+    /// Pages of the BAT that are newer in the log than in their place: the last entry that has them. They are pinned.
     dirty: BTreeMap<u64, u64>,
     /// Blocks that are out of the map but may still be written to: (first unit, units).
     freed: Vec<(u64, u64)>,
@@ -330,19 +330,13 @@ impl Vhdx {
             pages.len() + changes.bitmaps.len() <= PAGES_MAX,
             "changes are planned so that their pages fit an entry"
         );
-        let encoded = pages
-            .iter()
-            .map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, &changes.entries)?)))
-            .chain(changes.bitmaps.iter().map(|(offset, page)| Ok((*offset, page.to_vec()))));
-        let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
         let event = self.next_event();
-        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
-        if let Err(e) = inner.log().append(&*self.storage, event, flushed, last, &encoded) {
-            if e.kind != ErrorKind::NoSpace || !inner.log().forget_failed(&*self.storage) {
-                self.poison(&e);
-            }
-            return Err(e);
+        let (pinned, logged) = self.append_entry(inner, event, &pages, changes);
+        if logged.is_err() {
+            // Nothing was changed, so of these the file has all, but for what earlier entries have.
+            self.bat.release(pinned.iter().copied().filter(|page| !inner.dirty.contains_key(page)));
         }
+        logged?;
         let sequence = inner.log().sequence();
         inner.dirty.extend(pages.into_iter().map(|page| (page, sequence)));
         if let Some(diff) = &self.diff {
@@ -362,6 +356,35 @@ impl Vhdx {
             diff.own.clear(block * diff.bitmaps.block_sectors, self.sectors_of(block));
         }
         Ok(())
+    }
+
+    /// Writes an entry of the log that has these pages of the BAT and what else changes. Also the pages that were pinned for
+    /// it, whatever came of it.
+    fn append_entry<'a>(
+        &self,
+        inner: &mut Inner,
+        event: u64,
+        pages: &'a [u64],
+        changes: &Changes,
+    ) -> (&'a [u64], Result<(), ImageError>) {
+        for (n, page) in pages.iter().enumerate() {
+            if let Err(e) = self.bat.pin(*page) {
+                return (&pages[..n], Err(e));
+            }
+        }
+        let encoded = pages
+            .iter()
+            .map(|&page| (self.bat.page_offset(page), self.bat.encode_page(page, &changes.entries)))
+            .chain(changes.bitmaps.iter().map(|(offset, page)| (*offset, page.to_vec())))
+            .collect::<Vec<_>>();
+        let (flushed, last) = (inner.durable_len / MIB * MIB, inner.space.end() * MIB);
+        let written = inner.log().append(&*self.storage, event, flushed, last, &encoded);
+        if let Err(e) = &written
+            && (e.kind != ErrorKind::NoSpace || !inner.log().forget_failed(&*self.storage))
+        {
+            self.poison(e);
+        }
+        (pages, written)
     }
 
     /// Extends the file, ahead of need, so that it holds `end` bytes. What is new is a hole that reads as zeroes.
@@ -403,10 +426,8 @@ impl Vhdx {
                 // Somebody else has just made room.
                 return Ok(());
             }
-            let pages = inner.dirty.keys().copied().collect::<Vec<_>>();
-            let encoded =
-                pages.iter().map(|&page| Ok((self.bat.page_offset(page), self.bat.encode_page(page, &[])?)));
-            let encoded = encoded.collect::<Result<Vec<_>, ImageError>>()?;
+            let encode = |page: &u64| (self.bat.page_offset(*page), self.bat.encode_page(*page, &[]));
+            let encoded = inner.dirty.keys().map(encode).collect::<Vec<_>>();
             let bitmaps = self.diff.as_ref().map(|diff| diff.bitmaps.all_dirty()).unwrap_or_default();
             inner.note_durable(self.durable.load(Ordering::Acquire));
             (encoded, bitmaps, sequence)
@@ -436,7 +457,9 @@ impl Vhdx {
     fn advance_tail(&self, sequence: u64) -> Result<(), ImageError> {
         let mut inner = self.inner();
         inner.note_durable(self.durable.load(Ordering::Acquire));
-        inner.dirty.retain(|_, last| *last > sequence);
+        let is_applied = |last: &u64| *last <= sequence;
+        self.bat.release(inner.dirty.iter().filter(|(_, last)| is_applied(last)).map(|(page, _)| *page));
+        inner.dirty.retain(|_, last| !is_applied(last));
         if let Some(diff) = &self.diff {
             diff.bitmaps.applied(sequence);
         }

@@ -1,12 +1,14 @@
-//! Measures what it takes to open the largest VHDX that there can be: 64 TiB in blocks of 1 MiB, empty, and with every entry of
-//! its table of 513 MiB naming a block.
+//! Measures what it takes to open and to use the largest VHDX that there can be: 64 TiB in blocks of 1 MiB, empty, and with every
+//! entry of its table of 513 MiB naming a block; and what finding a block takes there and in a small image, as long as its part of
+//! the table is in memory.
 //!
 //! ```text
 //!   cargo run --release -p formats-tests --example huge_vhdx [FOLDER]
 //! ```
 //!
 //! The folder (/dev/shm) has to be on a file system with files of more than 64 TiB, such as tmpfs or XFS, and half a gibibyte of
-//! room. Each opening is done by a process of its own, which prints its time and the most memory that it had.
+//! room. Each opening is done by a process of its own, which prints its time and the most memory that it had. The run fails where
+//! that is [`MEMORY_MAX`] or more.
 #![allow(clippy::unwrap_used, reason = "what fails here fails the run")]
 
 use std::fs::File;
@@ -15,12 +17,21 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use formats::{CreateOptions, Format, OpenOptions};
+use formats::{ByteSpan, CreateOptions, Format, Image, OpenOptions, Pieces};
 
 const MIB: u64 = 1 << 20;
 const BLOCKS: u64 = 64 << 20;
 /// Payload blocks between two sector bitmaps in the table.
 const CHUNK: u64 = 4096;
+/// What an image of 64 TiB may take, with all of the process, in KiB.
+const MEMORY_MAX: u64 = 64 << 10;
+/// Reads, or first writes, all over the disk.
+const READS: u64 = 100_000;
+/// Rounds of [`LOOKUPS`] lookups, of which the fastest counts: others use the processor too.
+const ROUNDS: usize = 15;
+const LOOKUPS: u64 = 1_000_000;
+/// A disk whose table is small, in bytes: 64 pages of 4 KiB.
+const SMALL: u64 = 64 * 512 * MIB;
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
@@ -33,13 +44,47 @@ fn main() {
     let options =
         CreateOptions { block_size: Some(MIB as u32), ..CreateOptions::new(Format::Vhdx, BLOCKS * MIB) };
     formats::create(&path, &options).unwrap();
-    open_in_processes("empty", &path);
+    open_in_processes("empty", &path, &["for reading", "for writing"]);
+    open_in_processes("empty", &path, &["and filled"]);
     fill_table(&path);
-    open_in_processes("every block with a place", &path);
+    open_in_processes("every block with a place", &path, &["for reading", "for writing"]);
+    print!("finding one of 32768 blocks whose entries are in memory, in an image of 64 TiB: ");
+    time_lookups(&path);
+    let small = folder.path().join("small.vhdx");
+    formats::create(&small, &CreateOptions { virtual_size: SMALL, ..options }).unwrap();
+    let image = formats::open(&small, &OpenOptions::default()).unwrap();
+    (0..SMALL / MIB).for_each(|block| map(&*image, block, &mut Pieces::new(), true));
+    image.close().unwrap();
+    drop(image);
+    print!("in an image of {} GiB: ", SMALL >> 30);
+    time_lookups(&small);
 }
 
-fn open_in_processes(what: &str, path: &Path) {
-    for how in ["for reading", "for writing"] {
+fn map(image: &dyn Image, block: u64, out: &mut Pieces, write: bool) {
+    let span = ByteSpan::new(block * MIB, 4096);
+    if write { image.map_write(span, out) } else { image.map_read(span, out) }.unwrap();
+}
+
+/// Looks blocks up all over the first pages of the table.
+fn time_lookups(path: &Path) {
+    let image = formats::open(path, &OpenOptions { read_only: true, ..OpenOptions::default() }).unwrap();
+    let mut pieces = Pieces::new();
+    let blocks = SMALL / MIB;
+    (0..blocks).for_each(|block| map(&*image, block, &mut Pieces::new(), false));
+    let mut round = |stride: u64| {
+        let begun = Instant::now();
+        for n in 0..LOOKUPS {
+            pieces.clear();
+            map(&*image, n * stride % blocks, &mut pieces, false);
+        }
+        begun.elapsed().as_secs_f64() * 1e9 / LOOKUPS as f64
+    };
+    let mut fastest = |stride| (0..ROUNDS).map(|_| round(stride)).fold(f64::MAX, f64::min);
+    println!("one block {:.1} ns, another page each time {:.1} ns", fastest(0), fastest(521));
+}
+
+fn open_in_processes(what: &str, path: &Path, how: &[&str]) {
+    for how in how {
         let done = Command::new(std::env::current_exe().unwrap()).arg(path).arg(how).output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         print!("{what}, {how}: {}", String::from_utf8_lossy(&done.stdout));
@@ -55,22 +100,32 @@ fn measure(path: &Path, how: &str) {
     let at_open = peak_kib();
     let mut buf = [0; 4096];
     let begun = Instant::now();
-    for n in 0..1000 {
-        formats::read_payload(&*image, (n * 67_108_859 % BLOCKS) * MIB, &mut buf).unwrap();
+    for n in 0..READS {
+        let block = n * 40_503_067 % BLOCKS;
+        if how == "and filled" {
+            map(&*image, block, &mut Pieces::new(), true);
+            if image.wants_maintenance() {
+                image.maintain(&|| ()).unwrap();
+            }
+        } else {
+            formats::read_payload(&*image, block * MIB, &mut buf).unwrap();
+        }
     }
     let read = begun.elapsed();
     let allocated = formats::info(path, None).unwrap().allocated_bytes;
     println!(
-        "opened in {:.1} ms, peak {} KiB (before: {before} KiB); 1000 reads all over it {:.1} ms, peak {} KiB; {allocated} \
-         bytes have a place",
+        "opened in {:.1} ms, peak {} KiB (before: {before} KiB); {READS} {} all over it {:.1} ms, peak {} KiB; \
+         {allocated} bytes have a place",
         opened.as_secs_f64() * 1e3,
         at_open,
+        if how == "and filled" { "first writes" } else { "reads" },
         read.as_secs_f64() * 1e3,
         peak_kib()
     );
-    if how == "for writing" {
+    if how != "for reading" {
         image.close().unwrap();
     }
+    assert!(peak_kib() < MEMORY_MAX, "{} KiB is more than the {MEMORY_MAX} KiB that it may take", peak_kib());
 }
 
 /// The most memory that this process had so far.
