@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::chain::{self, Chains};
 use crate::choice::{Common, Effort, Kind, parse_pair};
+use crate::copy::{self, Copying};
 use crate::finding::Finding;
 use crate::first_writes::{self, FirstWrites};
 use crate::machine::Machine;
@@ -31,6 +32,8 @@ pub enum Part {
     FirstWrites,
     /// Full disks moved under load
     Moves,
+    /// Full and thin disks copied without load
+    Copy,
     /// A thin disk moved
     Thin,
     /// Reads through chains
@@ -251,6 +254,10 @@ fn answer(part: Part, all: &All, memory: &Common, results: &mut Results) -> Resu
             for (from, to) in &all.pairs {
                 results.add(moving::run(&all.common, &all.load, *from, *to)?);
             }
+        }
+        Part::Copy => {
+            let copying = Copying { size: all.load.size, thin: all.thin_held, rounds: effort.rounds };
+            results.add_finding(copy::run(&all.common, copying)?);
         }
         Part::Thin => {
             let thin = thin::Thin { size: all.thin_size, held: all.thin_held, format: all.thin_format };

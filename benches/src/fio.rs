@@ -5,12 +5,11 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeVal;
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::drive::{Access, Pattern};
+use crate::process::cpu_of_children;
 
 /// What to say where it is missing.
 pub const HOW_TO_GET_IT: &str = "install it (apt-get install fio, dnf install fio) and run this again";
@@ -76,11 +75,29 @@ impl Fio {
     }
 }
 
-/// Seconds of processor time of all children that have ended.
-fn cpu_of_children() -> Result<f64> {
-    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
-    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
-    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
+/// Reads `read` and at the same time writes `write`, which it makes, past the page cache in requests of 1 MiB, eight of each in
+/// flight, `bytes` of each at most: whoever is through ends the other, so that neither is ever alone. Returns what the reader
+/// and the writer reached, in bytes a second.
+///
+/// # Errors
+/// What fio says.
+pub fn read_and_write(read: &Path, write: &Path, bytes: u64) -> Result<[f64; 2]> {
+    let mut command = Command::new("fio");
+    command.args(["--ioengine=io_uring", "--direct=1", "--bs=1M", "--iodepth=8", "--exitall"]);
+    command.args(["--group_reporting=0", "--output-format=json"]).arg(format!("--size={bytes}"));
+    command.args(["--name=reader", "--rw=read", "--allow_file_create=0"]).arg(path_argument(read));
+    command.args(["--name=writer", "--rw=write"]).arg(path_argument(write));
+    let output = command.output().with_context(|| format!("start fio: {HOW_TO_GET_IT}"))?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success(),
+        "fio on {} and {} failed: {}",
+        read.display(),
+        write.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    parse_both(said.find('{').map_or("", |at| &said[at..]))
+        .with_context(|| format!("fio's output is not understood: {said}"))
 }
 
 fn path_argument(file: &Path) -> String {
@@ -134,6 +151,9 @@ struct Job {
 struct Side {
     total_ios: u64,
     runtime: f64,
+    /// A second.
+    #[serde(default)]
+    bw_bytes: f64,
     clat_ns: Latency,
     lat_ns: Option<Latency>,
 }
@@ -161,6 +181,15 @@ fn parse(json: &str, access: Access) -> Result<Measured> {
     })
 }
 
+/// Bytes a second of the first job's reads and the second job's writes.
+fn parse_both(json: &str) -> Result<[f64; 2]> {
+    let output: Output = serde_json::from_str(json)?;
+    let [reader, writer] = output.jobs.as_slice() else { bail!("{} jobs", output.jobs.len()) };
+    let rates = [reader.read.bw_bytes, writer.write.bw_bytes];
+    ensure!(rates.iter().all(|rate| *rate > 0.0), "it did not both read and write");
+    Ok(rates)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +207,21 @@ mod tests {
         assert!((measured.cpu_s - 0.8).abs() < 1e-9 && (measured.seconds - 2.001).abs() < 1e-9);
         assert!(parse(SAID, Access::Write).is_err(), "no request is no figure");
         assert!(parse("{}", Access::Read).is_err());
+    }
+
+    #[test]
+    fn a_reader_and_a_writer_have_a_rate_each() {
+        let side = |rate: u32| {
+            format!(r#"{{"total_ios": 8, "runtime": 9, "bw_bytes": {rate}, "clat_ns": {{"max": 1}}}}"#)
+        };
+        let job = |read: u32, write: u32| {
+            let sides = format!(r#""read": {}, "write": {}"#, side(read), side(write));
+            format!(r#"{{"usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, {sides}}}"#)
+        };
+        let said = |jobs: &[String]| format!(r#"{{"jobs": [{}]}}"#, jobs.join(","));
+        assert_eq!(parse_both(&said(&[job(900, 0), job(0, 700)])).unwrap(), [900.0, 700.0]);
+        assert!(parse_both(&said(&[job(900, 0), job(0, 0)])).is_err());
+        assert!(parse_both(&said(&[job(900, 0)])).is_err());
     }
 
     #[test]

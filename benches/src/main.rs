@@ -6,6 +6,8 @@
 //!    ├── serve, first_writes,    load alone: daemons (served) behind a lean front end (drive), fio, syncs counted
 //!    │   scale, switch           (sync_count); a finding has tables, and goals to hold its ratios against
 //!    │
+//!    ├── copy                     copies without a guest: blockd, blockctl, qemu-img, fio, qemu-storage-daemon
+//!    │
 //!    └── moving, thin            one move by each contender
 //!          │                     (chain: reads alone, by a guest of its own)
 //!        trial                   one move: fill, load, move, verify
@@ -24,6 +26,7 @@ mod all;
 mod blockd;
 mod chain;
 mod choice;
+mod copy;
 mod drive;
 mod events;
 mod finding;
@@ -59,6 +62,7 @@ use clap::{Parser, Subcommand};
 use all::{All, Results};
 use chain::Chains;
 use choice::{Common, Effort, Kind, parse_rounds};
+use copy::Copying;
 use finding::Finding;
 use serve::Place;
 use size::parse_size;
@@ -140,6 +144,23 @@ enum Question {
         /// What the disk becomes
         #[arg(long, value_enum, default_value = "vhdx")]
         to: Kind,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
+    /// A full disk is copied without load, beside qemu-img convert, qemu-storage-daemon and what the disk can do; then a thin one
+    Copy {
+        #[command(flatten)]
+        common: Common,
+        /// Size of the disk, all of which is filled with what can't be compressed
+        #[arg(long, default_value = "4G", value_parser = parse_size)]
+        size: u64,
+        /// What a disk of 1 TiB and one of twice this size hold, whose moves are compared
+        #[arg(long, default_value = "1G", value_parser = parse_size)]
+        thin: u64,
+        /// Rounds; each has one copy by everybody
+        #[arg(long, default_value_t = 5, value_parser = parse_rounds)]
+        rounds: usize,
         /// Also write the figures to this file
         #[arg(long)]
         json: Option<PathBuf>,
@@ -230,6 +251,10 @@ fn answer(question: Question) -> Result<bool> {
             results.add(moving::run(&common, &load, from, to)?);
             json.map_or(Ok(()), |path| results.write_json(&path))?;
             results.is_sound()
+        }
+        Question::Copy { common, size, thin, rounds, json } => {
+            let copying = Copying { size, thin, rounds };
+            tell(&common.dir(), json, || copy::run(&common, copying))?
         }
         Question::Thin { common, size, held, format, json } => {
             let mut results = Results::new(&common)?;

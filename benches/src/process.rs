@@ -4,6 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use nix::sys::resource::{UsageWho, getrusage};
+use nix::sys::time::TimeVal;
 use nix::time::clock_getcpuclockid;
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
@@ -35,6 +37,16 @@ pub fn cpu_clock(pid: u32) -> Result<Duration> {
     let gone = || format!("process {pid} is gone: look into the server's log");
     let clock = clock_getcpuclockid(Pid::from_raw(i32::try_from(pid)?)).with_context(gone)?;
     Ok(clock.now().with_context(gone)?.into())
+}
+
+/// Seconds of processor time of all children of this process that have ended and were waited for.
+///
+/// # Errors
+/// What the system says.
+pub fn cpu_of_children() -> Result<f64> {
+    let usage = getrusage(UsageWho::RUSAGE_CHILDREN)?;
+    let seconds = |time: TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
+    Ok(seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 /// Bytes of memory that a process has in use, shared ones included (proc(5), `VmRSS`).

@@ -198,7 +198,10 @@ fn progress(contender: Contender, what: &str) {
 }
 
 /// Gives the page cache of a file back, so that no contender reads from memory what it wrote just before.
-fn forget_cached(path: &Path) -> Result<()> {
+///
+/// # Errors
+/// When the file can't be opened or synced.
+pub fn forget_cached(path: &Path) -> Result<()> {
     let file = std::fs::File::open(path).with_context(|| format!("open {}", path.display()))?;
     file.sync_all()?;
     posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;

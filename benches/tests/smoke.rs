@@ -133,6 +133,25 @@ fn scale_is_measured_with_all_its_parts() {
 }
 
 #[test]
+fn copies_are_measured_and_are_what_was_copied() {
+    if let Err(error) = system_tests::daemon::binary("blockctl", "BLOCKCTL_BIN") {
+        println!("SKIPPED: {error:#}");
+        return;
+    }
+    let Some(finding) = ask(&["copy", "--size", "32M", "--thin", "16M", "--rounds", "1"]) else { return };
+    let full = finding["figures"]["full"].as_array().unwrap();
+    for who in ["offline", "live", "live-verified"] {
+        let line = full.iter().find(|line| line["who"] == who).unwrap();
+        let round = &line["rounds"][0];
+        assert!(round["seconds"].as_f64().unwrap() > 0.0 && round["cpu_s"].as_f64().unwrap() > 0.0, "{line}");
+        assert!(who == "offline" || round["equal_s"].as_f64() <= round["seconds"].as_f64(), "{line}");
+    }
+    for thin in ["thin_small", "thin_large"] {
+        assert!(finding["figures"][thin][0]["seconds"].as_f64().unwrap() > 0.0, "{finding}");
+    }
+}
+
+#[test]
 fn a_disk_that_does_not_fit_is_refused_with_a_way_out() {
     if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
         println!("SKIPPED: blockd is not built");
