@@ -10,7 +10,7 @@ use crate::size::{GIB, MIB, show_size};
 use crate::trial::Trial;
 
 /// Pieces in which the data lies, spread over the disk.
-const PIECES: u64 = 16;
+pub const PIECES: u64 = 16;
 /// What the rival gets instead of a disk that it would inflate.
 const RIVAL_SIZE: u64 = 4 * GIB;
 /// What that one holds.
@@ -77,7 +77,8 @@ fn trial(common: &Common, format: Kind, size: u64, held: u64) -> Trial {
     Trial { dir: common.dir(), plan, held, guest: None, seed, read_back: false }
 }
 
-fn pieces(size: u64, held: u64) -> Vec<std::ops::Range<u64>> {
+/// Where `held` bytes lie on a disk of `size`.
+pub fn pieces(size: u64, held: u64) -> Vec<std::ops::Range<u64>> {
     let (stride, piece) = (size / PIECES / MIB * MIB, held / PIECES);
     (0..PIECES).map(|index| index * stride..index * stride + piece).collect()
 }

@@ -7,7 +7,6 @@ mod images;
 mod shown;
 mod turns;
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -19,13 +18,12 @@ use crate::choice::{Common, Kind, check_size};
 use crate::finding::Finding;
 use crate::server::create;
 use crate::size::{MIB, show_size};
+use crate::thin::{PIECES, pieces};
 use crate::trial::forget_cached;
 use crate::{fio, interrupt, machine};
 
 use turns::{Copied, Turn, Who};
 
-/// Pieces in which the data of the thin disks lies, spread over them.
-const PIECES: u64 = 16;
 /// Size of the large thin disk.
 const LARGE: u64 = 1 << 40;
 /// How many times what it holds the small thin disk's size is.
@@ -130,11 +128,6 @@ fn thin_disks(base: &Path, seed: u64, what: Copying) -> Result<[Vec<Copied>; 2]>
         }
     }
     Ok(rounds)
-}
-
-fn pieces(size: u64, held: u64) -> Vec<Range<u64>> {
-    let (stride, piece) = (size / PIECES / MIB * MIB, held / PIECES);
-    (0..PIECES).map(|index| index * stride..index * stride + piece).collect()
 }
 
 /// A folder for sources and one copy at a time.

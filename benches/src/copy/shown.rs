@@ -5,9 +5,10 @@ use crate::plot::{Chart, Group};
 use crate::size::{GIB, show_size};
 use crate::spread::{Bound, Goal, Spread, maybe_spread};
 use crate::table::Table;
+use crate::thin::PIECES;
 
 use super::turns::{Copied, Who};
-use super::{Copying, LARGE, PIECES, SMALL};
+use super::{Copying, LARGE, SMALL};
 
 /// A ratio that is to be reached.
 struct Compared {
