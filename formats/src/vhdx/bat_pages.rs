@@ -501,8 +501,18 @@ mod tests {
         ended: AtomicBool,
     }
 
+    /// Whoever ends, or panics, ends the race.
+    struct EndsAll<'a>(&'a AtomicBool);
+
+    impl Drop for EndsAll<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
     fn read_all_the_time(seed: u64, race: &Race) {
         let Race { count, pages, file, versions, seen, ended } = race;
+        let _all = EndsAll(ended);
         let mut random = Random::new(seed);
         let mut last = vec![[0; 4]; *count as usize];
         while !ended.load(Ordering::Relaxed) {
@@ -532,6 +542,32 @@ mod tests {
         }
     }
 
+    /// How many changes it made.
+    fn change_all_the_time(seed: u64, race: &Race) -> u64 {
+        let Race { count, pages, file, versions, seen, ended } = race;
+        let _all = EndsAll(ended);
+        let mut random = Random::new(seed);
+        let mut dirty = BTreeSet::new();
+        let (mut version, mut rounds) = (0, 0);
+        while (rounds < 300 || seen.load(Ordering::Relaxed) < 5000) && !ended.load(Ordering::Relaxed) {
+            for _ in 0..=random.below(6) {
+                let (page, index) = (random.below(*count), LOOKED_AT[random.below(4) as usize]);
+                pages.pin(page, &|| Ok(file.read(page, yield_now))).expect("it can be read");
+                version += 1;
+                versions.of(BEGUN, page, index).store(version, Ordering::Release);
+                pages.store(page, index, raw(page, index, version));
+                versions.of(DONE, page, index).store(version, Ordering::Release);
+                dirty.insert(page);
+            }
+            if random.below(3) > 0 {
+                dirty.iter().for_each(|page| file.write(*page, &pages.pinned(*page), yield_now));
+                pages.release(std::mem::take(&mut dirty));
+            }
+            rounds += 1;
+        }
+        version
+    }
+
     fn race(seed: u64, count: u64, pages_max: usize) {
         let race = &Race {
             count,
@@ -543,31 +579,9 @@ mod tests {
         };
         std::thread::scope(|scope| {
             let readers = [1, 2, 3].map(|n| scope.spawn(move || read_all_the_time(seed << 8 | n, race)));
-            let Race { pages, file, versions, seen, .. } = race;
-            let mut random = Random::new(seed);
-            let mut dirty = BTreeSet::new();
-            let (mut version, mut rounds) = (0, 0);
-            while (rounds < 300 || seen.load(Ordering::Relaxed) < 5000)
-                && readers.iter().all(|reader| !reader.is_finished())
-            {
-                for _ in 0..=random.below(6) {
-                    let (page, index) = (random.below(count), LOOKED_AT[random.below(4) as usize]);
-                    pages.pin(page, &|| Ok(file.read(page, yield_now))).expect("it can be read");
-                    version += 1;
-                    versions.of(BEGUN, page, index).store(version, Ordering::Release);
-                    pages.store(page, index, raw(page, index, version));
-                    versions.of(DONE, page, index).store(version, Ordering::Release);
-                    dirty.insert(page);
-                }
-                if random.below(3) > 0 {
-                    dirty.iter().for_each(|page| file.write(*page, &pages.pinned(*page), yield_now));
-                    pages.release(std::mem::take(&mut dirty));
-                }
-                rounds += 1;
-            }
-            race.ended.store(true, Ordering::Relaxed);
+            let version = scope.spawn(move || change_all_the_time(seed, race)).join();
             readers.into_iter().for_each(|reader| reader.join().expect("a reader found nothing wrong"));
-            let seen = seen.load(Ordering::Relaxed);
+            let (version, seen) = (version.expect("all pages stayed"), race.seen.load(Ordering::Relaxed));
             println!(
                 "seed {seed}: {count} pages, {pages_max} in memory: {version} changes, {seen} entries read"
             );
