@@ -33,6 +33,8 @@ const COUNTED_SHARE: u64 = 8;
 
 /// What is written.
 #[derive(Debug, Clone, Args)]
+// The group of the question that has these has the same name.
+#[group(skip)]
 pub struct FirstWrites {
     /// Bytes written one behind the other in a trial
     #[arg(long, default_value = "1G", value_parser = parse_size)]

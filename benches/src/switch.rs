@@ -29,6 +29,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The switches.
 #[derive(Debug, Clone, Args)]
+// The group of the question that has these has the same name.
+#[group(skip)]
 pub struct Switch {
     /// Switches for each pair of formats
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000))]

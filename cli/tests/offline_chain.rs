@@ -346,7 +346,18 @@ fn a_chain_can_become_one_image_and_its_parents_stay() {
 fn lock(path: &Path, kind: nix::libc::c_int) -> File {
     let file = File::options().read(true).write(true).open(path).expect("open");
     let whole = nix::libc::flock { l_type: kind as _, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
-    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)).expect("locked");
+    // A process that another test is just starting has a copy of whatever was open here, and of its lock, for a moment.
+    for attempt in 0.. {
+        match nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)) {
+            Err(nix::errno::Errno::EAGAIN) if attempt < 200 => {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            done => {
+                done.expect("locked");
+                break;
+            }
+        }
+    }
     file
 }
 

@@ -21,6 +21,8 @@ use crate::size::{MIB, parse_size};
 
 /// How far to go.
 #[derive(Debug, Clone, Args)]
+// The group of the question that has these has the same name.
+#[group(skip)]
 pub struct Scale {
     /// Most disks at once; 1, 2, 4 and so on up to it are measured
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=256))]

@@ -28,6 +28,8 @@ use contender::{Contender, Round, Who};
 
 /// What is served.
 #[derive(Debug, Clone, Args)]
+// The group of the question that has these has the same name.
+#[group(skip)]
 pub struct Serve {
     /// Size of each disk, all of which is held
     #[arg(id = "disk-size", long = "disk-size", default_value = "1G", value_parser = parse_size)]
