@@ -270,7 +270,7 @@ pub trait Image: Send + Sync + std::fmt::Debug {
     fn files(&self) -> &[Arc<dyn Storage>];
 
     /// Appends to `out` where the bytes of `at` are, in order and without a gap. In memory and without a lock, but
-    /// for a piece of metadata that was never read before.
+    /// for a piece of metadata that was not read before, or not lately where a disk has very much of it.
     fn map_read(&self, at: ByteSpan, out: &mut Pieces) -> Result<(), ImageError>;
 
     /// Appends to `out` where the bytes of `at` are to be written; every piece is a [`Place::File`] of the image itself.

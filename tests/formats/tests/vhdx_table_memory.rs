@@ -2,9 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "what fails in a helper of a test fails the test")]
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use formats::vhdx::Vhdx;
 use formats::{
@@ -196,6 +197,110 @@ fn a_write_that_changes_more_pages_than_may_stay_shows_all_of_them() {
         }
         image.close().unwrap();
     }
+    sound(&sim).unwrap();
+}
+
+/// A file whose next sync has something else happen first.
+struct Interrupted {
+    sim: Arc<SimStorage>,
+    before_sync: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+impl std::fmt::Debug for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.sim.fmt(f)
+    }
+}
+
+impl Storage for Interrupted {
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.sim.read_at(buf, offset)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.sim.len()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        self.sim.next_data(offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.sim.write_at(buf, offset)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.sim.set_len(len)
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.sim.punch(offset, len)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let first = self.before_sync.lock().unwrap().take();
+        first.into_iter().for_each(|first| first());
+        self.sim.sync()
+    }
+
+    fn file(&self) -> Option<&File> {
+        None
+    }
+}
+
+/// A page that changes again while it is written to its place is not given up: its place has the older change alone.
+#[test]
+fn a_page_that_changes_while_it_is_applied_stays() {
+    let sim = create(4 * PAGE * MIB, 512, None);
+    let storage = Arc::new(Interrupted { sim, before_sync: Mutex::new(None) });
+    let image = Arc::new(Vhdx::open_bounded(storage.clone(), &LayerOptions::default(), 1).unwrap());
+    for page in 0..4 {
+        write_payload(&*image, page * PAGE * MIB, &[1; 512]).unwrap();
+    }
+    let other = image.clone();
+    *storage.before_sync.lock().unwrap() = Some(Box::new(move || {
+        for page in 0..4 {
+            write_payload(&*other, (page * PAGE + 1) * MIB, &[2; 512]).unwrap();
+        }
+    }));
+    for round in 0..3 {
+        image.maintain(&|| ()).unwrap();
+        assert!(storage.before_sync.lock().unwrap().is_none(), "a checkpoint was interrupted");
+        for page in (0..4).chain(0..4) {
+            for (block, tag) in [(0, 1), (1, 2)] {
+                let read = read_payload(&*image, (page * PAGE + block) * MIB, 512).unwrap();
+                assert_eq!(read, [tag; 512], "round {round}: block {block} of page {page}");
+            }
+        }
+        image.commit().unwrap();
+    }
+    image.close().unwrap();
+    sound(&storage.sim).unwrap();
+}
+
+/// More pages than there may ever be in memory are about to change, one after the other, and none of them does.
+#[test]
+fn changes_that_the_log_had_no_room_for_keep_no_pages_in_memory() {
+    let sim = create(2500 * PAGE * MIB, 512, None);
+    let image = open(&sim, &LayerOptions::default(), 1);
+    write_payload(&image, 0, &[1; 512]).unwrap();
+    for page in 0..2500 {
+        sim.inject(Fault {
+            after: 0,
+            lasting: false,
+            error: io::ErrorKind::StorageFull,
+            partial: page % 2 == 0,
+        });
+        let refused = write_payload(&image, (page * PAGE + 7) * MIB, &[2; 512]).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::NoSpace, "{refused}");
+        sim.clear_fault();
+    }
+    for page in 0..2500 {
+        assert_eq!(read_payload(&image, (page * PAGE + 7) * MIB, 512).unwrap(), [0; 512]);
+    }
+    assert_eq!(read_payload(&image, 0, 512).unwrap(), [1; 512]);
+    write_payload(&image, 2000 * PAGE * MIB, &[3; 512]).unwrap();
+    image.close().unwrap();
     sound(&sim).unwrap();
 }
 
