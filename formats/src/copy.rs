@@ -19,7 +19,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread;
 
-use crate::payload_files::{PageBuffer, PayloadFiles, Shared, share_payload};
+use crate::payload_files::{PageBuffer, PayloadFiles, Shared, may_share, share_payload};
 use crate::{AllocState, ByteSpan, ErrorKind, Image, ImageError, Pieces, Place, ZeroMode};
 
 /// What is read or compared at a time, in bytes.
@@ -233,7 +233,7 @@ fn copy_chunks(
         source: PayloadFiles::of(source),
         target: PayloadFiles::of(target),
         keep_zeroes,
-        shares: AtomicBool::new(true),
+        shares: AtomicBool::new(may_share(target)),
         writing: RwLock::new(()),
         upkeep: Mutex::new(()),
     };

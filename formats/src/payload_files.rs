@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::libc;
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 
 use crate::{ByteSpan, Image, ImageError, Piece, Pieces, Place};
 
@@ -148,7 +149,8 @@ fn open_direct(layer: &dyn Image, file: &File) -> Option<File> {
     options.open(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()
 }
 
-/// Whether a file system wants another alignment, or no direct I/O at all. What was asked for did not happen, not even in part.
+/// Whether a file system wants another alignment, or no direct I/O at all. All of what was asked for is then done through the
+/// cache.
 fn is_refused(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP))
 }
@@ -158,6 +160,13 @@ fn in_file(piece: &Piece) -> (usize, u64) {
         panic!("a map for writing names places in files only");
     };
     (usize::from(file.0), offset)
+}
+
+/// Whether the target lies on a file system that can share blocks. Elsewhere it is not tried: by then the target has given room
+/// to what may turn out to be zeroes.
+pub(crate) fn may_share(target: &dyn Image) -> bool {
+    let kind = target.files()[0].file().and_then(|file| fstatfs(file).ok()).map(|fs| fs.filesystem_type());
+    matches!(kind, Some(XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC))
 }
 
 /// Has `target` share the blocks that hold this span of `source`, as [`crate::write_payload`] of what is read there. The answer

@@ -98,3 +98,19 @@ fn blocks_are_shared_where_the_file_system_can() {
         target.close().unwrap();
     }
 }
+
+#[test]
+fn zeroes_that_a_block_holds_get_no_room_in_a_copy() {
+    let folder = tempfile::tempdir().unwrap();
+    let open = |name: &str| {
+        let path = folder.path().join(name);
+        formats::create(&path, &CreateOptions::new(Format::Vhdx, 16 * MIB)).unwrap();
+        formats::open(&path, &OpenOptions::default()).unwrap()
+    };
+    let (source, target) = (open("source.vhdx"), open("target.vhdx"));
+    formats::write_payload(&*source, 0, &vec![0; 4 * MIB as usize]).unwrap();
+    let outcome = formats::copy(&*source, &*target, &mut |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(outcome.bytes_copied, 0);
+    let extent = target.next_extent(0).unwrap().unwrap();
+    assert_eq!((extent.state, extent.span.len), (formats::AllocState::Absent, 16 * MIB));
+}
