@@ -44,23 +44,9 @@ impl Bench {
 
     fn start(&mut self, change: impl FnOnce(&mut MoveRequest)) -> Job {
         self.moves += 1;
-        let mut request = MoveRequest {
-            disks: vec!["disk".into()],
-            to: self.daemon.dir().join(format!("moved-{}.raw", self.moves)).display().to_string(),
-            format: None,
-            image_type: None,
-            block_size: None,
-            mirror: "after-copy".into(),
-            switch: "auto".into(),
-            verify: "full".into(),
-            bandwidth: None,
-            max_guest_p99_us: None,
-            keep_source: false,
-            copy_only: false,
-            flatten: false,
-            files: Vec::new(),
-            on_target_error: "pause".into(),
-        };
+        let to = self.daemon.dir().join(format!("moved-{}.raw", self.moves));
+        let mut request: MoveRequest =
+            serde_json::from_value(serde_json::json!({ "disks": ["disk"], "to": to })).unwrap();
         change(&mut request);
         self.daemon.start_move(&request).unwrap()
     }
