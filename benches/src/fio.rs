@@ -1,5 +1,6 @@
 //! fio with io_uring on a file: what the kernel and the hardware allow without any server between.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -17,8 +18,10 @@ pub const HOW_TO_GET_IT: &str = "install it (apt-get install fio, dnf install fi
 /// A file and how to treat it.
 #[derive(Debug, Clone)]
 pub struct Fio {
-    /// The raw file, of full size already.
+    /// The file, of full size already.
     pub file: PathBuf,
+    /// The bytes of it that are used; all of them where it is none.
+    pub range: Option<Range<u64>>,
     /// Past the page cache.
     pub direct: bool,
 }
@@ -58,6 +61,11 @@ impl Fio {
     fn run_once(&self, pattern: &Pattern, time: Duration) -> Result<(Measured, f64)> {
         let mut command = Command::new("fio");
         command.args(arguments(pattern, time, self.direct)).arg(path_argument(&self.file));
+        if let Some(range) = &self.range {
+            command
+                .arg(format!("--offset={}", range.start))
+                .arg(format!("--size={}", range.end - range.start));
+        }
         let before = cpu_of_children()?;
         let output = command.output().with_context(|| format!("start fio: {HOW_TO_GET_IT}"))?;
         let said = String::from_utf8_lossy(&output.stdout);

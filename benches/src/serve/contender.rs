@@ -2,11 +2,14 @@
 
 use std::fs::File;
 use std::io::Write;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use formats::{ByteSpan, OpenOptions, Pieces};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
@@ -79,7 +82,7 @@ impl Round {
 enum Server {
     // The link goes first, as a guest does.
     Daemon { link: Box<Link>, served: Served },
-    Fio(Fio),
+    Fio { fio: Fio, shares: bool },
 }
 
 /// Somebody who is measured.
@@ -136,6 +139,55 @@ fn run_for(load: &mut Load, time: Duration) -> Result<()> {
     })
 }
 
+/// Where in the file the content of the disk is, when it is there in one piece.
+fn content_of(format: Kind, image: &Path) -> Result<Option<Range<u64>>> {
+    let opened = formats::open(
+        image,
+        &OpenOptions { format: Some(format_of(format.image())), ..OpenOptions::read_only() },
+    )?;
+    let size = opened.geometry().virtual_size;
+    let (mut from, mut to, mut held) = (u64::MAX, 0, 0);
+    let mut pieces = Pieces::new();
+    for at in (0..size).step_by(MIB as usize) {
+        opened.map_read(ByteSpan::new(at, MIB.min(size - at)), &mut pieces)?;
+        for piece in pieces.iter() {
+            let formats::Place::File { offset, .. } = piece.place else { return Ok(None) };
+            (from, to, held) = (from.min(offset), to.max(offset + piece.len), held + piece.len);
+        }
+    }
+    opened.close()?;
+    Ok((to.saturating_sub(from) == held).then_some(from..to))
+}
+
+/// Copies an image. On a disk in writes of the size in which [`make_image`] writes, past the page cache: a file's speed may
+/// depend on how it was written, where the disk is itself a file of a host that caches it.
+fn copy_file(from: &Path, to: &Path, direct: bool) -> Result<()> {
+    if !direct {
+        std::fs::copy(from, to)?;
+        return Ok(File::open(to)?.sync_all()?);
+    }
+    let mut options = File::options();
+    options.custom_flags(libc::O_DIRECT);
+    let source = options.clone().read(true).open(from)?;
+    let target = options.write(true).create_new(true).open(to)?;
+    let length = source.metadata()?.len();
+    const CHUNK: usize = 256 << 10;
+    const ALIGN: usize = 4096;
+    let mut room = vec![0; CHUNK + ALIGN];
+    let first = room.as_ptr().align_offset(ALIGN);
+    let buffer = &mut room[first..first + CHUNK];
+    let mut at = 0;
+    while at < length {
+        let read = source.read_at(buffer, at)?;
+        ensure!(read > 0, "it has become shorter");
+        // The last piece may be no multiple of what direct I/O can write.
+        target.write_all_at(&buffer[..read.next_multiple_of(ALIGN)], at)?;
+        at += read as u64;
+    }
+    target.set_len(length)?;
+    Ok(target.sync_all()?)
+}
+
 fn folder(dir: &Path, who: &str, format: Kind) -> Result<PathBuf> {
     let folder = dir.join(format!("{who}-{}", format.name()));
     std::fs::create_dir(&folder).with_context(|| format!("make {}", folder.display()))?;
@@ -161,8 +213,7 @@ impl Contender {
     /// When it does not come up, or reads something else.
     pub fn rival(dir: &Path, format: Kind, image: &Path, direct: bool) -> Result<(Self, Aio)> {
         let copy = dir.join(format!("rival.{}", format.name()));
-        std::fs::copy(image, &copy).with_context(|| format!("copy {}", image.display()))?;
-        File::open(&copy)?.sync_all()?;
+        copy_file(image, &copy, direct).with_context(|| format!("copy {}", image.display()))?;
         let disk = Disk::new(DISK, format.image(), copy.clone());
         let (served, aio) = start_rival(&folder(dir, "theirs", format)?, &disk, direct)?;
         let mut link = Link::connect(&served.socket(DISK)?, 1)?;
@@ -185,8 +236,37 @@ impl Contender {
             file.write_all(&chunk).with_context(|| format!("write {}", image.display()))?;
         }
         file.sync_all()?;
-        let server = Server::Fio(Fio { file: image.clone(), direct });
+        let server = Server::Fio { fio: Fio { file: image.clone(), range: None, direct }, shares: false };
         Ok(Self { who: Who::Fio, format: Kind::Raw, image, server })
+    }
+
+    /// fio on the very file that blockd serves, where the content of the disk is there in one piece; none elsewhere.
+    ///
+    /// # Errors
+    /// When the image can't be read.
+    pub fn fio_on(format: Kind, image: &Path) -> Result<Option<Self>> {
+        let Some(range) = content_of(format, image)? else { return Ok(None) };
+        let fio = Fio { file: image.to_owned(), range: Some(range), direct: true };
+        let server = Server::Fio { fio, shares: true };
+        Ok(Some(Self { who: Who::Fio, format, image: image.to_owned(), server }))
+    }
+
+    /// The image, when another contender's disk holds something else after this one's writes.
+    pub fn spoils(&self) -> Option<&Path> {
+        matches!(self.server, Server::Fio { shares: true, .. }).then_some(self.image.as_path())
+    }
+
+    /// Gives all pages of the disk what they have to hold, when this is the daemon on that image.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn restore(&mut self, image: &Path) -> Result<()> {
+        match &mut self.server {
+            Server::Daemon { link, .. } if self.image == image => {
+                link.driver().sweep(Access::Write).map(drop).context("writing what fio has overwritten")
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Who it is.
@@ -206,7 +286,7 @@ impl Contender {
                 let image = self.image.canonicalize().unwrap_or_else(|_| self.image.clone());
                 process::opens_directly(served.pid(), &image).unwrap_or(false)
             }
-            Server::Fio(fio) => fio.direct,
+            Server::Fio { fio, .. } => fio.direct,
         }
     }
 
@@ -218,7 +298,7 @@ impl Contender {
         let name = self.name();
         match &mut self.server {
             Server::Daemon { link, .. } => link.driver().prove(wait, salt).context(name),
-            Server::Fio(_) => Ok(()),
+            Server::Fio { .. } => Ok(()),
         }
     }
 
@@ -245,7 +325,7 @@ impl Contender {
                 let seconds = drove.time.as_secs_f64();
                 Round { requests: drove.requests, seconds, cpu_s, latency_us: Some(latency) }
             }
-            Server::Fio(fio) => {
+            Server::Fio { fio, .. } => {
                 let crate::fio::Measured { requests, seconds, cpu_s, latency_us } = fio.run(pattern, time)?;
                 Round { requests, seconds, cpu_s, latency_us }
             }
@@ -260,7 +340,7 @@ impl Contender {
     fn settle(&mut self) -> Result<()> {
         match &mut self.server {
             Server::Daemon { link, .. } => link.driver().flush(Wait::Sleep),
-            Server::Fio(fio) => Ok(File::open(&fio.file)?.sync_all()?),
+            Server::Fio { fio, .. } => Ok(File::open(&fio.file)?.sync_all()?),
         }
     }
 

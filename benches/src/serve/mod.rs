@@ -11,7 +11,7 @@
 mod contender;
 mod goals;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use clap::Args;
@@ -132,7 +132,7 @@ pub fn run(common: &Common, serve: &Serve, effort: Effort, place: &Place) -> Res
             if matches!(place, Place::Memory(_)) { "in memory" } else { "on a real disk" }
         ),
     );
-    let mut contenders = gather(common, serve, dir.path(), &mut finding)?;
+    let mut contenders = gather(common, serve, place, dir.path(), &mut finding)?;
     let mut sets = Vec::new();
     for (number, (pattern, wait)) in chosen.iter().enumerate() {
         sets.push(run_set(&mut contenders, *pattern, *wait, effort, number as u64 + 1)?);
@@ -151,14 +151,20 @@ pub fn run(common: &Common, serve: &Serve, effort: Effort, place: &Place) -> Res
 fn gather(
     common: &Common,
     serve: &Serve,
-    dir: &std::path::Path,
+    place: &Place,
+    dir: &Path,
     finding: &mut Finding,
 ) -> Result<Vec<Contender>> {
     let mut contenders = Vec::new();
     let no_rival = common.no_rival();
     let mut direct_raw = None;
+    let on_disk = matches!(place, Place::Disk(_));
+    let with_fio = machine::is_there("fio");
+    let mut beside = Vec::new();
     for format in &serve.formats {
         let image = contender::make_image(dir, *format, serve.size, common.seed)?;
+        let fio = if with_fio && on_disk { Contender::fio_on(*format, &image)? } else { None };
+        beside.extend(fio.is_some().then_some(format.name()));
         let blockd = Contender::blockd(dir, *format, &image)?;
         let direct = blockd.is_direct();
         direct_raw = direct_raw.or(Some(direct));
@@ -177,15 +183,25 @@ fn gather(
             finding.notes.push(format!("{}: blockd serves its image {way}.", format.name()));
         }
         contenders.push(blockd);
+        contenders.extend(fio);
     }
     if let Some(why) = no_rival {
         finding.notes.push(format!("**No figures of qemu-storage-daemon: {why}.**"));
     }
-    if machine::is_there("fio") {
-        contenders.push(Contender::fio(dir, serve.size, direct_raw.unwrap_or(false))?);
+    if with_fio {
+        let on_what = if on_disk && !beside.is_empty() {
+            format!(
+                "on the very file that blockd serves ({}; the disk's content in it), and after its writes blockd writes the disk \
+                 anew: two files on one disk are not equally fast",
+                beside.join(", ")
+            )
+        } else {
+            contenders.push(Contender::fio(dir, serve.size, direct_raw.unwrap_or(false))?);
+            "on a raw file in the same folder".into()
+        };
         finding.notes.push(format!(
-            "fio {} runs the same pattern with io_uring on a raw file in the same folder, --direct={}; at depths above 1 \
-             without its clocks (--gtod_reduce=1).",
+            "fio {} runs the same pattern with io_uring {on_what}; --direct={}, at depths above 1 without its clocks \
+             (--gtod_reduce=1).",
             machine::version_of("fio"),
             u8::from(direct_raw.unwrap_or(false))
         ));
@@ -216,6 +232,10 @@ fn run_set(
             interrupt::check()?;
             let index = (round + turn) % count;
             lines[index].rounds.push(contenders[index].run(&pattern, wait, effort.time())?);
+            let spoilt = contenders[index].spoils().filter(|_| pattern.access == Access::Write);
+            if let Some(image) = spoilt.map(Path::to_owned) {
+                contenders.iter_mut().try_for_each(|other| other.restore(&image))?;
+            }
         }
     }
     Ok(Set { pattern, wait, lines })

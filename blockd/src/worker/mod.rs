@@ -59,6 +59,12 @@ const SLOTS_MAX: usize = 1024;
 const BYTES_IN_FLIGHT_MAX: u64 = 256 << 20;
 /// Most requests taken from one queue before the next one has its turn.
 const BATCH: usize = 64;
+/// Submissions that wait for more while requests are taken. A disk that has nothing to do waits for the first of them, and
+/// a host's block device often reports a whole batch at once: without a bound it would rest while the next is prepared.
+const SUBMIT_EVERY: usize = 4;
+/// Completions after which further requests are looked for, in units of one and one more for each 32 KiB, for the same
+/// reason.
+const REAP_MAX: u64 = 8;
 /// Bytes after whose copying by the worker itself the next queue has its turn, and the drivers are told: so that a driver that
 /// sleeps makes its next requests while the ones before are copied.
 const BYTES_HERE_MAX: u64 = 128 << 10;
@@ -258,12 +264,14 @@ impl Worker {
 
     fn reap(&mut self) -> bool {
         let mut any = false;
-        loop {
+        let mut weight = 0;
+        while weight < REAP_MAX {
             let Some((data, result)) = self.ring.completion().next().map(|c| (c.user_data(), c.result()))
             else {
                 return any;
             };
             any = true;
+            weight += 1 + (result.max(0) as u64 >> 15);
             let rest = data & !KIND_MASK;
             match data & KIND_MASK {
                 KIND_PART => self.part_ended((rest >> 32) as u32, rest as u32 as usize, result),
@@ -273,6 +281,7 @@ impl Worker {
                 _ => {}
             }
         }
+        any
     }
 
     fn arm_bell(&mut self) {

@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::command::{QueueKey, QueueSetup, QueueStart};
 use super::local::Local;
-use super::{BATCH, BYTES_HERE_MAX, Worker};
+use super::{BATCH, BYTES_HERE_MAX, SUBMIT_EVERY, Worker};
 use crate::vhost::inflight::InflightQueue;
 use crate::vhost::log::DirtyLog;
 use crate::vhost::memory::GuestMemory;
@@ -211,6 +211,9 @@ impl Worker {
                             self.clock = Instant::now();
                         }
                         self.take_request(at, head);
+                        if self.ring.submission().len() >= SUBMIT_EVERY {
+                            self.submit();
+                        }
                     }
                     Ok(None) => break,
                     Err(e) => {
