@@ -311,7 +311,11 @@ impl Copier {
     }
 
     fn take_buffer(&self) -> AlignedBuffer {
-        self.buffers.borrow_mut().pop().unwrap_or_else(|| AlignedBuffer::new(self.copy_bytes_max))
+        let mut buffers = self.buffers.borrow_mut();
+        if buffers.is_empty() {
+            buffers.extend(AlignedBuffer::carve(self.copy_bytes_max));
+        }
+        buffers.pop().expect("there are some")
     }
 
     fn put_buffer(&self, buffer: AlignedBuffer) {
