@@ -18,7 +18,8 @@
 //! next one is made.
 //!
 //! Two things hold whatever is heard: a guest that asks for next to nothing holds nothing up, and a move that is slower
-//! than the floor while it works gets a larger window, not a smaller one. So the move ends.
+//! than the floor while it works gets a larger window, not a smaller one. So the move ends. Without a budget the pauses are
+//! bounded too, so that the floor of a fast disk is higher.
 
 use std::collections::VecDeque;
 
@@ -52,8 +53,11 @@ const FIRST_GROWTH: f64 = 2.0;
 const SHRINKING: std::ops::RangeInclusive<f64> = 0.3..=0.9;
 /// This part of an extent is the window at first: what is allowed is found from below.
 const FIRST_WINDOW_PART: f64 = 1.0 / 8.0;
-/// No window is a smaller part of an extent.
-const WINDOW_PART_MIN: f64 = 1.0 / 4096.0;
+/// No window is a smaller part of an extent, with a budget ...
+const WINDOW_PART_MIN_WITH_BUDGET: f64 = 1.0 / 4096.0;
+/// ... and without one: a pause is at most seven times as long as the copy before it. On a fast disk less hardly changes a
+/// guest's 99th percentile, and what that is in rests is too uncertain to give up nearly all of the disk for it.
+const WINDOW_PART_MIN: f64 = 1.0 / 8.0;
 
 /// A rest ends when it was quiet for so long ...
 const QUIET_US: u64 = 200_000;
@@ -354,7 +358,8 @@ impl Governor {
         } else {
             (room * CONTENT).sqrt().clamp(1.0, GROWTH_MAX)
         };
-        let window_min = self.limits.extent_size as f64 * WINDOW_PART_MIN;
+        let part_min = if self.budget_us.is_some() { WINDOW_PART_MIN_WITH_BUDGET } else { WINDOW_PART_MIN };
+        let window_min = self.limits.extent_size as f64 * part_min;
         self.window = (self.window * factor).clamp(window_min, self.window_max());
         self.judge_anew();
     }
