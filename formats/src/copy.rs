@@ -363,8 +363,7 @@ impl Copying<'_> {
 
     /// Whether the target shares these blocks of the source now.
     fn share(&self, at: ByteSpan) -> Result<bool, ImageError> {
-        let sector = u64::from(self.target.image().geometry().logical_sector_size);
-        if !self.shares.load(Ordering::Relaxed) || !at.len.is_multiple_of(sector) {
+        if !self.shares.load(Ordering::Relaxed) {
             return Ok(false);
         }
         let _writing = self.writing.read().unwrap_or_else(PoisonError::into_inner);

@@ -59,6 +59,7 @@ pub use layers::{make_layer, on_parents};
 pub use link::{LayerOptions, NewParentLink, NotesFile, ParentLink, ParentPath, ParentPathKind};
 pub use merge::{MergeChain, MergeFiles, MergeRefused, MergeSides, ReadAlone, read_alone};
 pub use open::{OpenOptions, format_by_name, incomplete_move, open};
+pub use payload_files::{Shared, may_share, share_payload};
 pub use rebase::{RebaseOptions, Rebased, rebase};
 pub use resize::{CompactOutcome, compact, resize, resize_with_parents};
 pub use settle::settle;

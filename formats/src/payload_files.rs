@@ -172,22 +172,26 @@ fn in_file(piece: &Piece) -> (usize, u64) {
 
 /// Whether the target lies on a file system that can share blocks. Elsewhere it is not tried: by then the target has given room
 /// to what may turn out to be zeroes.
-pub(crate) fn may_share(target: &dyn Image) -> bool {
+pub fn may_share(target: &dyn Image) -> bool {
     let kind = target.files()[0].file().and_then(|file| fstatfs(file).ok()).map(|fs| fs.filesystem_type());
     matches!(kind, Some(XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC))
 }
 
 /// Has `target` share the blocks that hold this span of `source`, as [`crate::write_payload`] of what is read there. The answer
 /// is whether that was done: not where the span is not all in files on the grid of pages, and not where the file system
-/// cannot; the span is to be copied then. What was shared of it does no harm.
+/// cannot; the span is to be copied then. What was shared of it does no harm. Both images stay files of their own: whoever
+/// writes to one leaves the other as it is (FICLONERANGE of `ioctl_ficlonerange(2)`).
+///
+/// Source and target may be used by others meanwhile, as with a copy: a write of this span that is under way may be in what is
+/// shared or not. Blocks for as long as the file system takes to write back what its cache has of the span.
 ///
 /// # Errors
 /// What the maps say.
-pub(crate) fn share_payload(
-    source: &dyn Image,
-    target: &dyn Image,
-    at: ByteSpan,
-) -> Result<Shared, ImageError> {
+pub fn share_payload(source: &dyn Image, target: &dyn Image, at: ByteSpan) -> Result<Shared, ImageError> {
+    let sector = u64::from(target.geometry().logical_sector_size);
+    if !at.len.is_multiple_of(sector) {
+        return Ok(Shared::No);
+    }
     let mut from = Pieces::new();
     source.map_read(at, &mut from)?;
     let on_grid = |piece: &Piece| match piece.place {
@@ -230,7 +234,8 @@ pub(crate) fn share_payload(
 
 /// Whether blocks are shared now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Shared {
+pub enum Shared {
+    /// They are.
     Yes,
     /// Not these.
     No,

@@ -4,13 +4,14 @@
 //! round trip for each wake-up. A future that was started is always awaited to its end: dropping one would not cancel
 //! its I/O.
 
+use std::cell::Cell;
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use formats::{AllocState, ByteSpan, ErrorKind, ImageError, Pieces, Place, ZeroMode};
+use formats::{AllocState, ByteSpan, ErrorKind, ImageError, Pieces, Place, Shared, ZeroMode};
 use mirror::{Action, CopyResult, Event, ExtentRange, Latencies, VerifyResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_uring::buf::{BoundedBuf, IoBuf, IoBufMut};
@@ -212,6 +213,8 @@ struct Copier {
     /// The target is a part of the source: what only it has is equal on both sides.
     is_merge: bool,
     copy_bytes_max: usize,
+    /// Whether the target may share blocks with the source instead of having a copy of them.
+    may_share: Cell<bool>,
     buffers: std::cell::RefCell<Vec<AlignedBuffer>>,
     maintaining: Arc<AtomicBool>,
 }
@@ -235,6 +238,7 @@ pub(super) fn run(
         disk_size: config.disk_size,
         is_merge,
         copy_bytes_max: config.copy_bytes_max as usize,
+        may_share: Cell::new(formats::may_share(shared.target().image())),
         buffers: Default::default(),
         maintaining: Arc::default(),
         shared,
@@ -347,6 +351,9 @@ impl Copier {
     }
 
     async fn copy_span(&self, span: ByteSpan) -> Result<(u64, u64), CopyResult> {
+        if self.share(span) {
+            return Ok((span.len, 0));
+        }
         let read = self.source.read(span, self.take_buffer()).await;
         let buffer = read.map_err(CopyResult::SourceError)?;
         let (buffer, result) = self.write_thin(buffer, span).await;
@@ -355,6 +362,23 @@ impl Copier {
             Fail { full: true, message } => CopyResult::TargetFull(message),
             Fail { message, .. } => CopyResult::TargetError(message),
         })
+    }
+
+    /// Whether the target shares the blocks of this span now. As with a copy, what a guest writes meanwhile is marked and
+    /// comes after it.
+    fn share(&self, span: ByteSpan) -> bool {
+        if !self.may_share.get() {
+            return false;
+        }
+        match formats::share_payload(self.source.image.image(), self.target.image.image(), span) {
+            Ok(Shared::Yes) => true,
+            // The copy meets the same error, and says whose it is.
+            Ok(Shared::No) | Err(_) => false,
+            Ok(Shared::Never) => {
+                self.may_share.set(false);
+                false
+            }
+        }
     }
 
     /// How much from `at` on, up to `end`, is to be copied, or else may be left to the layers below: where neither the

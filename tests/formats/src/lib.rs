@@ -17,12 +17,14 @@ mod oracle;
 mod payload;
 pub mod readers;
 mod sim;
+mod xfs;
 
 pub use crash::{CrashCount, CrashExplorer, CrashKind, CrashState};
 pub use disk::SimDisk;
 pub use oracle::{History, Progress};
 pub use payload::{read_nonzero_sectors, read_payload, write_payload, zero_payload};
 pub use sim::{Fault, Mark, SimStorage, TraceOp};
+pub use xfs::Xfs;
 
 /// The unit that a power cut keeps or loses, in bytes.
 pub const SECTOR: u64 = 512;

@@ -2,57 +2,12 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 
 use formats::{CreateOptions, Format, OpenOptions};
+use formats_tests::Xfs;
 
 const MIB: u64 = 1 << 20;
-
-/// An XFS in a file, mounted as long as this lives.
-struct Xfs {
-    folder: tempfile::TempDir,
-}
-
-impl Xfs {
-    /// `None`, said loudly, where that cannot be done.
-    fn mount() -> Option<Self> {
-        let folder = tempfile::Builder::new().prefix("blockd-xfs-").tempdir().unwrap();
-        let (image, place) = (folder.path().join("image"), folder.path().join("mounted"));
-        std::fs::create_dir(&place).unwrap();
-        std::fs::File::create(&image).unwrap().set_len(400 * MIB).unwrap();
-        let run = |command: &mut Command| {
-            let output = command.env("PATH", "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin").output();
-            output.is_ok_and(|output| output.status.success())
-        };
-        let is_there = run(Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&image))
-            && run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&place));
-        if !is_there {
-            println!(
-                "SKIPPED: no XFS can be made and mounted here (xfsprogs, root, loop devices), so no blocks were shared"
-            );
-            return None;
-        }
-        Some(Self { folder })
-    }
-
-    fn path(&self) -> PathBuf {
-        self.folder.path().join("mounted")
-    }
-
-    /// Bytes in use.
-    fn used(&self) -> u64 {
-        std::fs::File::open(self.path()).unwrap().sync_all().unwrap();
-        let fs = nix::sys::statvfs::statvfs(&self.path()).unwrap();
-        (fs.blocks() - fs.blocks_free()) * fs.fragment_size()
-    }
-}
-
-impl Drop for Xfs {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.path()).status();
-    }
-}
 
 fn fill(path: &Path, options: &CreateOptions) {
     formats::create(path, options).unwrap();
@@ -76,7 +31,7 @@ fn blocks_are_shared_where_the_file_system_can() {
     let formats =
         [(Format::Vhdx, None), (Format::Vhdx, Some(MIB as u32)), (Format::Raw, None), (Format::Vhd, None)];
     for (format, block_size) in formats {
-        let before = xfs.used();
+        let before = xfs.used().unwrap();
         let path = xfs.path().join(format!("target-{}.{format}", block_size.unwrap_or(0)));
         formats::create(&path, &CreateOptions { block_size, ..CreateOptions::new(format, 64 * MIB) })
             .unwrap();
@@ -92,7 +47,7 @@ fn blocks_are_shared_where_the_file_system_can() {
         formats::read_payload(&*image, 0, &mut first).unwrap();
         assert_ne!(first, [7; 4096], "{format}: the source has changed with the copy");
         target.files()[0].sync().unwrap();
-        let taken = xfs.used().saturating_sub(before);
+        let taken = xfs.used().unwrap().saturating_sub(before);
         println!("{format}, blocks of {block_size:?}: {} KiB taken", taken >> 10);
         assert!(taken < 4 * MIB, "{format}: {taken} bytes");
         target.close().unwrap();
