@@ -40,7 +40,7 @@ impl Blockd {
             switch: "auto".into(),
             verify: plan.verify.clone(),
             bandwidth: None,
-            max_guest_p99_us: None,
+            max_guest_p99_us: plan.max_guest_p99_us,
             keep_source: false,
             copy_only: false,
             flatten: false,

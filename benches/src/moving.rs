@@ -34,6 +34,15 @@ pub struct Load {
     /// What blockd reads back before it deletes the source
     #[arg(long, default_value = "full", value_parser = ["none", "sample", "full"])]
     pub verify: String,
+    /// What blockd is to keep the guest's 99th percentile within, in milliseconds
+    #[arg(long, value_name = "MS", value_parser = parse_us)]
+    pub max_guest_p99: Option<u64>,
+}
+
+fn parse_us(text: &str) -> Result<u64, String> {
+    let ms = text.parse::<f64>().ok().filter(|ms| (0.001..=60_000.0).contains(ms));
+    ms.map(|ms| (ms * 1e3) as u64)
+        .ok_or_else(|| format!("`{text}` is no time: give milliseconds, 0.001 to 60000"))
 }
 
 /// Moves a full disk under load.
@@ -50,6 +59,7 @@ pub fn run(common: &Common, load: &Load, from: Kind, to: Kind) -> Result<Compari
         to: to.image(),
         size: load.size,
         verify: load.verify.clone(),
+        max_guest_p99_us: load.max_guest_p99,
         patience: common.patience(),
         own_thread: true,
     };

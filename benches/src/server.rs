@@ -44,6 +44,8 @@ pub struct Plan {
     pub size: u64,
     /// What blockd reads back before it deletes the source: `none`, `sample` or `full`.
     pub verify: String,
+    /// What blockd's move keeps the guest's 99th percentile within, in microseconds.
+    pub max_guest_p99_us: Option<u64>,
     /// How long the rival may try to get both images equal in its default mode.
     pub patience: std::time::Duration,
     /// Whether the rival serves the disk in a thread of its own.

@@ -70,6 +70,7 @@ fn trial(common: &Common, format: Kind, size: u64, held: u64) -> Trial {
         to: image,
         size,
         verify: "full".into(),
+        max_guest_p99_us: None,
         patience: common.patience(),
         own_thread: true,
     };

@@ -185,6 +185,7 @@ impl Turn<'_> {
             to: image,
             size: self.size,
             verify: "none".into(),
+            max_guest_p99_us: None,
             patience: PATIENCE,
             own_thread,
         };

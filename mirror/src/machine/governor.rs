@@ -12,7 +12,8 @@
 //! ```
 //!
 //! What the guest's 99th percentile may be is its budget or, without one, what it sees when nothing is copied, and two
-//! fifths. That is looked at again and again: the move *rests* for a moment, one twentieth of the time. The window grows
+//! fifths. That is looked at again and again: the move *rests* for a moment, one twentieth of the time and at first more
+//! often. The window grows
 //! while the guest is well within that, stays as it is where the guest is just within, and shrinks when it is not.
 //! Each judgement is made of requests that saw the present window, so that the answer to a change is heard before the
 //! next one is made.
@@ -63,8 +64,11 @@ const WINDOW_PART_MIN: f64 = 1.0 / 8.0;
 const QUIET_US: u64 = 200_000;
 /// ... or after so long.
 const REST_US_MAX: u64 = 500_000;
-/// The next one comes after this many times its length.
+/// The next one comes after this many times its length ...
 const WORK_PER_REST: u64 = 20;
+/// ... or, until there were so many, after this many.
+const FIRST_RESTS: usize = 3;
+const WORK_PER_FIRST_REST: u64 = 4;
 /// Rests that are remembered.
 const RESTS_KEPT: usize = 5;
 /// Without a budget the guest's 99th percentile may be so many tenths of what it is in rests.
@@ -186,8 +190,19 @@ impl Governor {
         if self.budget_us.is_some() {
             return self.budget_us;
         }
-        let quiet: Latencies = self.quiet.iter().flat_map(Latencies::iter).collect();
-        quiet.p99_us().map(|us| us.saturating_mul(TENTHS_OF_QUIET) / 10)
+        self.quiet_p99_us().map(|us| us.saturating_mul(TENTHS_OF_QUIET) / 10)
+    }
+
+    /// What the guest sees when nothing is copied: of the rests' percentiles the middle one, since whatever else the machine
+    /// did in one rest would raise that of all of them together. Where a rest has too few requests for a percentile of its
+    /// own, that of all together.
+    fn quiet_p99_us(&self) -> Option<u64> {
+        if self.quiet.iter().any(|rest| rest.count() < JUDGED_REQUESTS) {
+            return self.quiet.iter().flat_map(Latencies::iter).collect::<Latencies>().p99_us();
+        }
+        let mut each: Vec<u64> = self.quiet.iter().filter_map(Latencies::p99_us).collect();
+        each.sort_unstable();
+        each.get(each.len().saturating_sub(1) / 2).copied()
     }
 
     fn window_max(&self) -> f64 {
@@ -319,10 +334,11 @@ impl Governor {
 
     fn end_rest(&mut self, now: Tick) {
         let Some(rest) = self.rest.take() else { return };
-        self.rest_due = now.plus_us(now.us_since(rest.since) * WORK_PER_REST);
         if rest.quiet.count() > 0 {
             self.quiet.push_back(rest.quiet);
         }
+        let work = if self.quiet.len() < FIRST_RESTS { WORK_PER_FIRST_REST } else { WORK_PER_REST };
+        self.rest_due = now.plus_us(now.us_since(rest.since) * work);
         if self.quiet.len() > RESTS_KEPT {
             self.quiet.pop_front();
         }

@@ -358,3 +358,12 @@ fn a_request_that_took_long_is_no_sign_of_an_idle_guest() {
     assert!(!hear(&mut governor, &[(1_800_000, 1)]));
     assert!(hear(&mut governor, &[]) || hear(&mut governor, &[]));
 }
+
+#[test]
+fn one_disturbed_rest_does_not_say_what_the_guest_sees_alone() {
+    let mut governor = Governor::new(LIMITS, None);
+    let rest = |us: u64| std::iter::once((us, 500)).collect::<Latencies>();
+    governor.quiet.extend([rest(3_000), rest(150), rest(140)]);
+    let quiet = governor.quiet_p99_us().unwrap();
+    assert!((140..200).contains(&quiet), "{quiet} us");
+}
