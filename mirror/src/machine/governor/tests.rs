@@ -238,7 +238,7 @@ fn without_a_budget_the_guest_sees_little_more_than_without_a_move() {
         );
         let is_at_floor = bytes < FLOOR * 11 / 10;
         assert!(
-            p99 <= alone * 3 / 2 || (is_at_floor && p99 < alone * 2),
+            p99 <= (alone + UNHEARD_US) * 3 / 2 || (is_at_floor && p99 < alone * 2),
             "{p99} us with a move, {alone} without"
         );
         assert!(bytes >= FLOOR * 8 / 10, "{bytes} bytes a second");
@@ -302,7 +302,8 @@ fn a_budget_that_changes_takes_effect_and_may_be_taken_away() {
     world.run_until(30 * S);
     let (p99, bytes) = world.saw(24..30);
     let (alone, _) = World::without(false, guest);
-    assert!(p99 <= alone * 3 / 2 && bytes >= FLOOR * 9 / 10, "{p99} us, {alone} without a move, {bytes}");
+    let within = (alone + UNHEARD_US) * 3 / 2;
+    assert!(p99 <= within && bytes >= FLOOR * 9 / 10, "{p99} us, {alone} without a move, {bytes}");
 }
 
 #[test]
