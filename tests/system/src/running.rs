@@ -18,6 +18,10 @@ impl VerifiedLoad {
         let theirs = shared.clone();
         let thread = std::thread::spawn(move || {
             let result = self.run_while_told(&theirs, &phases);
+            if let Err(error) = &result {
+                // Whoever waits for requests is told only that there will be no more.
+                eprintln!("the load ended: {error:#}");
+            }
             theirs.ended.store(true, Ordering::Release);
             (self, result)
         });
