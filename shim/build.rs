@@ -1,0 +1,4 @@
+//! Builds what the crate embeds.
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+}

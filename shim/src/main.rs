@@ -1,0 +1,2 @@
+//! `kvm-shim`: a small VMM whose machines move.
+fn main() {}
