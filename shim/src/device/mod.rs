@@ -3,6 +3,9 @@
 //! KVM is not seen here: a device hands out eventfds, which [`crate::vm`] makes KVM signal (a queue's kick) or listen to (a
 //! queue's call).
 
+pub mod blk;
+pub mod mmio;
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -21,6 +24,30 @@ pub const DEVICES_MAX: usize = 11;
 
 /// Where the QueueNotify register is in a virtio-mmio device (virtio 1.2, 4.2.2).
 pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Where a virtio-mmio device is for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// First guest-physical address; the device takes [`MMIO_BYTES`].
+    pub address: u64,
+    /// Interrupt line.
+    pub irq: u32,
+}
+
+impl Place {
+    /// The place of the device with this index, or `None` from [`DEVICES_MAX`] on.
+    pub fn of(index: usize) -> Option<Self> {
+        let n = u32::try_from(index).ok().filter(|_| index < DEVICES_MAX)?;
+        Some(Self { address: MMIO_START + u64::from(n) * MMIO_BYTES, irq: FIRST_IRQ + n })
+    }
+
+    /// The index of the device and the offset in it, if the address belongs to one.
+    pub fn find(address: u64) -> Option<(usize, u64)> {
+        let offset = address.checked_sub(MMIO_START)?;
+        let index = usize::try_from(offset / MMIO_BYTES).ok().filter(|index| *index < DEVICES_MAX)?;
+        Some((index, offset % MMIO_BYTES))
+    }
+}
 
 /// State of one device as it travels.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
