@@ -173,6 +173,7 @@ fn attach(daemon: &Daemon, dir: &Path, images: usize, files: &[PathBuf], depth: 
         io_threads: 1,
         read_only: true,
         parents: files[1..].iter().map(|file| text(file)).collect(),
+        generation: None,
     };
     let disk: DiskInfo = daemon.call("POST", "/v1/disks", Some(&request))?;
     ensure!(disk.chain.len() == images, "a chain of {images} is served as {:?}", disk.chain);

@@ -117,6 +117,9 @@ pub(crate) struct AttachArgs {
     /// A folder in which parents of the image may be opened, or a file that may be one; repeatable
     #[arg(long, value_name = "DIR")]
     parents: Vec<PathBuf>,
+    /// Take the image over from another daemon: the number that its `release` has answered
+    #[arg(long, value_name = "N")]
+    generation: Option<u64>,
 }
 
 /// `blockctl disk ...`
@@ -193,6 +196,7 @@ fn request(args: AttachArgs) -> Result<AttachRequest, Failure> {
         io_threads: args.io_threads,
         read_only: args.read_only,
         parents: args.parents.iter().map(|path| paths::for_daemon(path)).collect::<Result<_, _>>()?,
+        generation: args.generation,
     })
 }
 

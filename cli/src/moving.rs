@@ -271,6 +271,7 @@ mod tests {
             read_only: false,
             connected: false,
             generation: 0,
+            released: false,
             job: None,
             failed: None,
             reads: 0,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use crate::create::link_to_parent;
 use crate::error::kind_of;
-use crate::lock::{Lock, LockError, lock};
+use crate::lock::{Lock, LockError, lock, unlock};
 use crate::open::{at, lock_for, open_file};
 use crate::parents::FileId;
 use crate::raw::Raw;
@@ -119,6 +119,18 @@ pub fn share(image: &dyn Image) -> Result<(), ImageError> {
         Err(LockError::Held) => Err(ImageError::new(ErrorKind::Locked, "somebody else holds the image")),
         Err(LockError::Io(e)) => Err(ImageError::io("sharing the lock of the image", e)),
     }
+}
+
+/// Lets go of the locks on an image and its parents, which was closed and is not used any more, though the files may stay open
+/// for a while.
+///
+/// # Errors
+/// What the file system says; some may be locked then until the image is dropped.
+pub fn let_go(image: &dyn Image) -> Result<(), ImageError> {
+    for file in image.files().iter().filter_map(|storage| storage.file()) {
+        unlock(file).map_err(|e| ImageError::io("letting go of the lock of an image", e))?;
+    }
+    Ok(())
 }
 
 /// Removes the notes that a differencing image has kept in `notes_dir`. It was closed, and is not written to any more.

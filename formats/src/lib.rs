@@ -49,7 +49,7 @@ pub use copy::{
 };
 pub use create::{CreateOptions, create, link_to_parent};
 pub use error::{CreateError, ErrorKind, ImageError, OpenError};
-pub use held::{create_over, remove_notes, reopen, resize_held, share};
+pub use held::{create_over, let_go, remove_notes, reopen, resize_held, share};
 pub use image::{
     AllocState, ByteSpan, Extent, FileIndex, Format, Geometry, Image, ImageType, Piece, Pieces, Place,
     SyncToken, ZeroMode,

@@ -9,6 +9,8 @@
 //! | `POST /v1/disks/{id}/flush` | | `{}` |
 //! | `POST /v1/disks/{id}/snapshot` | [`SnapshotRequest`] | [`DiskInfo`] |
 //! | `POST /v1/disks/{id}/resize` | [`ResizeRequest`] | [`Resized`] |
+//! | `POST /v1/disks/{id}/release?force=true&wait_ms=1000` | | [`Handover`] |
+//! | `POST /v1/disks/{id}/reclaim` | | [`DiskInfo`] |
 //! | `POST /v1/moves` | [`MoveRequest`] | [`Job`] |
 //! | `GET /v1/jobs` | | `[Job]` |
 //! | `GET /v1/jobs/{job}` | | [`Job`] |
@@ -67,6 +69,54 @@ pub struct AttachRequest {
     /// Absolute paths: folders in which parents of the image may be opened, and files that may be its parents.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parents: Vec<String>,
+    /// Takes the image over from another daemon: the number in its [`Handover`], with which the disk begins here. Refused when
+    /// anybody has taken the image with this number or a higher one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<u64>,
+}
+
+/// What another daemon needs to serve a disk that was released.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Handover {
+    /// The disk's name.
+    pub id: String,
+    /// Absolute path of the image.
+    pub image: String,
+    /// Absolute paths of the image and its parents, newest first.
+    pub chain: Vec<String>,
+    /// `raw`, `vhd` or `vhdx`.
+    pub format: String,
+    /// Virtual size.
+    pub size_bytes: u64,
+    /// The guest's sector size.
+    pub sector_size: u32,
+    /// Queues that were offered.
+    pub queues: u16,
+    /// Threads that served the queues.
+    pub io_threads: u16,
+    /// Whether writes were refused.
+    pub read_only: bool,
+    /// Whether the guest has its write cache on. The taking daemon finds this beside the image by itself.
+    pub write_cache: bool,
+    /// What to attach the image with: [`AttachRequest::generation`]. One more than the disk has had here.
+    pub generation: u64,
+}
+
+impl Handover {
+    /// The request with which another daemon takes the disk over, to be served at `socket`.
+    pub fn attach_at(&self, socket: &str) -> AttachRequest {
+        AttachRequest {
+            id: self.id.clone(),
+            image: self.image.clone(),
+            socket: socket.to_owned(),
+            format: Some(self.format.clone()),
+            queues: self.queues,
+            io_threads: self.io_threads,
+            read_only: self.read_only,
+            parents: self.chain.iter().skip(1).cloned().collect(),
+            generation: Some(self.generation),
+        }
+    }
 }
 
 fn default_queues() -> u16 {
@@ -103,8 +153,11 @@ pub struct DiskInfo {
     pub read_only: bool,
     /// Whether a front end is connected and its rings run.
     pub connected: bool,
-    /// Counts the changes of the disk's image.
+    /// Counts the changes of the disk's image, and of the daemon that serves it.
     pub generation: u64,
+    /// Whether the disk was released for another daemon: it is not served, and its image not open.
+    #[serde(default)]
+    pub released: bool,
     /// The move that is under way.
     pub job: Option<String>,
     /// Why the disk can't be written any more, if so.
@@ -388,7 +441,7 @@ pub struct Event {
     /// When, RFC 3339, UTC.
     pub time: String,
     /// `disk-attached`, `disk-detached`, `disk-connected`, `disk-disconnected`, `disk-failed`, `disk-snapshot`,
-    /// `disk-resized`, `job-state`.
+    /// `disk-resized`, `disk-released`, `disk-reclaimed`, `job-state`.
     pub kind: String,
     /// The disk that it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]

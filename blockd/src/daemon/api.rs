@@ -12,7 +12,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use blockd_api::{
-    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
+    AttachRequest, DiskInfo, ErrorBody, Event, Handover, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
     ResizeRequest, Resized, SnapshotRequest,
 };
 use serde::Deserialize;
@@ -35,6 +35,8 @@ pub fn router(daemon: Arc<Daemon>) -> Router {
         .route("/v1/disks/{id}/flush", post(flush_disk))
         .route("/v1/disks/{id}/snapshot", post(snapshot_disk))
         .route("/v1/disks/{id}/resize", post(resize_disk))
+        .route("/v1/disks/{id}/release", post(release_disk))
+        .route("/v1/disks/{id}/reclaim", post(reclaim_disk))
         .route("/v1/moves", post(start_move))
         .route("/v1/disks/{id}/merge", post(merge_disk))
         .route("/v1/jobs", get(list_jobs))
@@ -150,6 +152,15 @@ pub(super) struct DetachOptions {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
+pub(super) struct ReleaseOptions {
+    #[serde(default)]
+    force: bool,
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct EventsOptions {
     #[serde(default)]
     follow: bool,
@@ -243,6 +254,42 @@ async fn resize_disk(
     Json(request): Json<ResizeRequest>,
 ) -> Answer<Resized> {
     blocking(move || daemon.resize(&id, &request)).await
+}
+
+/// Ends serving a disk so that another daemon can take it over.
+#[utoipa::path(
+    post, path = "/v1/disks/{id}/release",
+    params(
+        ("id" = String, Path, description = "the disk's name"),
+        ("force" = Option<bool>, Query, description = "even if a front end runs its rings"),
+        ("wait_ms" = Option<u64>, Query, description = "how long to wait for a move to put its target in place, at most 600000")
+    ),
+    responses(
+        (status = 200, body = Handover),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 500, body = ErrorBody),
+        (status = 507, body = ErrorBody)
+    )
+)]
+async fn release_disk(
+    State(daemon): Shared,
+    Name(id): Name,
+    Options(options): Options<ReleaseOptions>,
+) -> Answer<Handover> {
+    let wait = std::time::Duration::from_millis(options.wait_ms);
+    blocking(move || daemon.release(&id, options.force, wait)).await
+}
+
+/// Serves a disk again that was released here and that nobody has taken over.
+#[utoipa::path(
+    post, path = "/v1/disks/{id}/reclaim", params(("id" = String, Path, description = "the disk's name")),
+    responses(
+        (status = 200, body = DiskInfo),
+        (status = 404, body = ErrorBody), (status = 409, body = ErrorBody), (status = 422, body = ErrorBody),
+        (status = 500, body = ErrorBody), (status = 507, body = ErrorBody)
+    )
+)]
+async fn reclaim_disk(State(daemon): Shared, Name(id): Name) -> Answer<DiskInfo> {
+    blocking(move || daemon.reclaim(&id)).await
 }
 
 /// Starts a move; with several disks, one a disk, and the answer is the first.

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 
 use blockd_api::{AttachRequest, DiskInfo, LatencyInfo};
 
+use super::admission::{Taking, admit};
 use super::error::{DaemonError, Kind};
+use super::handover::Released;
 use super::state::DiskRecord;
 use super::{Daemon, lock, names, plan};
 use crate::disk::{Disk, DiskEvent, DiskEvents, DiskSpec};
@@ -24,6 +26,8 @@ pub(super) enum Slot {
     Served(Arc<Served>),
     /// It is remembered, and can't be served.
     Broken(Broken),
+    /// It was handed over, and is not served.
+    Released(Released),
     /// Somebody is at it: the word says what is being done.
     Taken(DiskSpec, &'static str),
 }
@@ -51,7 +55,7 @@ pub(super) struct Served {
     /// As it is in the state directory; held while it is replaced there.
     record: Mutex<DiskRecord>,
     /// Who works on it; set under the lock of all disks, since a detach looks there.
-    claim: Mutex<Option<Claim>>,
+    pub(super) claim: Mutex<Option<Claim>>,
 }
 
 /// What works on a disk and keeps others from it.
@@ -153,6 +157,7 @@ impl Served {
             read_only: spec.read_only,
             connected: disk.is_connected(),
             generation: self.generation(),
+            released: false,
             job: self.job(),
             failed: disk.failed(),
             reads: stats.reads,
@@ -168,6 +173,10 @@ impl Served {
 }
 
 impl Broken {
+    pub(super) fn is_not_served(&self, id: &str) -> DaemonError {
+        DaemonError::new(Kind::State, format!("disk {id} is not served: {}", self.why))
+    }
+
     fn info(&self, id: &str) -> DiskInfo {
         let record = self.record.as_ref();
         let image = record.map(|r| text(&r.image)).unwrap_or_default();
@@ -184,6 +193,7 @@ impl Broken {
             read_only: record.is_some_and(|r| r.spec.read_only),
             connected: false,
             generation: record.map_or(0, |r| r.generation),
+            released: false,
             job: None,
             failed: Some(self.why.clone()),
             reads: 0,
@@ -245,6 +255,9 @@ impl Slot {
                 || Needs::These(Vec::new()),
                 |record| Needs::Perhaps(record.serve(), " (not served now; detach it if it is given up)"),
             ),
+            Self::Released(released) => {
+                Needs::Perhaps(released.record.serve(), " (released, but it may be taken back; detach it if it is given up)")
+            }
             Self::Taken(spec, _) => Needs::Perhaps(spec.clone(), ""),
         }
     }
@@ -254,8 +267,8 @@ impl Slot {
         match self {
             Self::Served(served) => Some((served.disk.spec().socket.clone(), served.disk.image_path())),
             Self::Taken(spec, _) => Some((spec.socket.clone(), spec.image.clone())),
-            // It may take what a broken disk would want: that one is not served anyway.
-            Self::Broken(_) => None,
+            // Another may take what such a disk would want: that one is not served anyway.
+            Self::Broken(_) | Self::Released(_) => None,
         }
     }
 }
@@ -268,22 +281,28 @@ impl Daemon {
     /// As [`Kind`] has them; nothing is remembered then that was not before.
     pub fn attach(&self, request: &AttachRequest) -> Result<DiskInfo, DaemonError> {
         let spec = requested(request)?;
-        let before = self.take_for_attach(&spec)?;
-        let known = before.clone().and_then(|b| b.record);
-        let recover = known.is_some();
-        let record = match known {
+        let how = request.generation.map_or(Taking::Asked, Taking::Generation);
+        let before = self.take_for_attach(&spec, request.generation)?;
+        let (known, job) = match &before {
+            Some(Slot::Broken(broken)) => (broken.record.clone(), None),
+            Some(Slot::Released(released)) => (Some(released.record.clone()), released.job.clone()),
+            _ => (None, None),
+        };
+        // Whoever takes an image over mends what the death of its holder may have left.
+        let recover = known.is_some() || request.generation.is_some();
+        let record = match known.clone().filter(|old| old.released.is_none()) {
             Some(mut old) => {
                 (old.format, old.spec) = (spec.format.or(old.format), spec.clone());
                 old
             }
             None => DiskRecord::new(spec.clone()),
         };
-        let served = self.serve(&record, recover, recover);
+        let served = self.serve_for(&record, recover, known.as_ref(), how, job);
         if served.is_err() {
             // As it was, so that the disk may be tried again.
             let mut disks = self.disks();
             match before {
-                Some(broken) => disks.insert(spec.id.clone(), Slot::Broken(broken)),
+                Some(slot) => disks.insert(spec.id.clone(), slot),
                 None => disks.remove(&spec.id),
             };
         }
@@ -302,12 +321,13 @@ impl Daemon {
     /// [`Kind::NotFound`]; [`Kind::Busy`] while it is attached or detached.
     pub fn show(&self, id: &str) -> Result<DiskInfo, DaemonError> {
         self.settle_job_of(id);
-        let broken = match self.disks().get(id) {
-            Some(Slot::Broken(broken)) => Some(broken.clone()),
+        let not_served = match self.disks().get(id) {
+            Some(Slot::Broken(broken)) => Some(broken.info(id)),
+            Some(Slot::Released(released)) => Some(released.info()),
             _ => None,
         };
-        match broken {
-            Some(broken) => Ok(broken.info(id)),
+        match not_served {
+            Some(info) => Ok(info),
             None => Ok(self.find(id)?.info()),
         }
     }
@@ -333,17 +353,24 @@ impl Daemon {
         self.settle_job_of(id);
         let stopped = match self.take_for_detach(id, force)? {
             Slot::Served(served) => {
-                let stopped = served.disk.stop().map_err(|e| (Some(lock(&served.record).clone()), e));
+                let record = served.record();
+                let stopped = served.disk.stop();
                 wait_until_released(served);
-                stopped
+                stopped.map_err(|e| (record.clone(), e)).map(|()| Some(record))
             }
-            _ => Ok(()),
+            Slot::Broken(broken) => Ok(broken.record),
+            // The fence of a released disk is for whoever takes it over.
+            Slot::Released(_) | Slot::Taken(..) => Ok(None),
         };
-        if let Err((record, e)) = stopped {
-            let e = DaemonError::from(e);
-            self.list_as_broken(id, record, e.clone());
-            return Err(e);
-        }
+        let freed = match stopped {
+            Ok(freed) => freed,
+            Err((record, e)) => {
+                let e = DaemonError::from(e);
+                self.list_as_broken(id, Some(record), e.clone());
+                return Err(e);
+            }
+        };
+        freed.iter().for_each(|record| self.free_fence(record));
         let forgotten = self.state.remove(id);
         self.disks().remove(id);
         self.events.push(
@@ -368,9 +395,8 @@ impl Daemon {
         match self.disks().get(id) {
             Some(Slot::Served(served)) => Ok(served.clone()),
             Some(Slot::Taken(_, what)) => Err(busy(id, what)),
-            Some(Slot::Broken(broken)) => {
-                Err(DaemonError::new(Kind::State, format!("disk {id} is not served: {}", broken.why)))
-            }
+            Some(Slot::Broken(broken)) => Err(broken.is_not_served(id)),
+            Some(Slot::Released(released)) => Err(released.is_released()),
             None => Err(not_found(id)),
         }
     }
@@ -409,32 +435,58 @@ impl Daemon {
         self.disks().values().filter_map(served).collect()
     }
 
-    /// Remembers the disk and serves it. Remembered first: a guest may write as soon as the socket is there, and counts
-    /// on finding the disk again after a crash.
+    /// Remembers the disk and serves it, if its fence allows that. `known` is the record of a disk that was remembered before.
     pub(super) fn serve(
         &self,
         record: &DiskRecord,
         recover: bool,
-        known: bool,
+        known: Option<&DiskRecord>,
+        how: Taking,
+    ) -> Result<Arc<Served>, DaemonError> {
+        self.serve_for(record, recover, known, how, None)
+    }
+
+    /// The same while a job has the disk. Remembered first: a guest may write as soon as the socket is there, and counts on
+    /// finding the disk again after a crash.
+    pub(super) fn serve_for(
+        &self,
+        record: &DiskRecord,
+        recover: bool,
+        known: Option<&DiskRecord>,
+        how: Taking,
+        job: Option<String>,
     ) -> Result<Arc<Served>, DaemonError> {
         let id = &record.spec.id;
         self.check_not_held(&record.serve())?;
-        let opened = self.remember(record).and_then(|()| self.open(record, recover));
+        let (record, admitted) = admit(&self.state, record, how)?;
+        let opened = self
+            .take_write_cache(id, admitted.write_through_from(self.state.id()))
+            .and_then(|()| self.remember(&record))
+            .and_then(|()| self.open(&record, recover));
         let served = match opened {
             Ok(served) => served,
             Err(e) => {
-                if !known {
-                    // At worst it is listed as a disk that can't be served after the next start.
-                    let _ = self.state.remove(id);
-                }
+                // At worst it is listed as a disk that can't be served after the next start.
+                let _ = match known {
+                    Some(known) => self.state.put(known),
+                    None => self.state.remove(id),
+                };
+                admitted.undo(&self.state);
                 return Err(e);
             }
         };
+        *lock(&served.claim) = job.map(Claim::Job);
         self.disks().insert(id.clone(), Slot::Served(served.clone()));
         let (image, socket) = (served.disk.image_path(), record.spec.socket.display());
         let message = format!("{} is served on {socket}", image.display());
         self.events.push("disk-attached", Some(id), None, message);
         Ok(served)
+    }
+
+    /// A guest that comes with its disk from another daemon has its write cache as it had it there.
+    fn take_write_cache(&self, id: &str, write_through: Option<bool>) -> Result<(), DaemonError> {
+        let Some(off) = write_through else { return Ok(()) };
+        self.state.set_write_through(id, off).map_err(|e| self.not_remembered(id, &e))
     }
 
     fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
@@ -454,7 +506,7 @@ impl Daemon {
         Ok(served)
     }
 
-    fn remember(&self, record: &DiskRecord) -> Result<(), DaemonError> {
+    pub(super) fn remember(&self, record: &DiskRecord) -> Result<(), DaemonError> {
         self.state.put(record).map_err(|e| self.not_remembered(&record.spec.id, &e))
     }
 
@@ -493,29 +545,49 @@ impl Daemon {
         self.disks().insert(id.to_owned(), Slot::Broken(Broken { record, why: e.message }));
     }
 
-    /// Holds the name for a disk to be attached; answers what was remembered of it.
-    fn take_for_attach(&self, spec: &DiskSpec) -> Result<Option<Broken>, DaemonError> {
+    /// Holds the name for a disk to be attached; answers what was there of it.
+    fn take_for_attach(&self, spec: &DiskSpec, generation: Option<u64>) -> Result<Option<Slot>, DaemonError> {
         let mut disks = self.disks();
         let id = &spec.id;
-        let broken = match disks.get(id) {
-            None => None,
+        let exists = |message: String| Err(DaemonError::new(Kind::Exists, message));
+        match disks.get(id) {
+            None => {}
             Some(Slot::Served(_)) => {
-                let message = format!("disk {id} exists; choose another name, or detach that one first");
-                return Err(DaemonError::new(Kind::Exists, message));
+                return exists(format!("disk {id} exists; choose another name, or detach that one first"));
             }
             Some(Slot::Taken(_, what)) => return Err(busy(id, what)),
+            Some(Slot::Released(released)) => match generation {
+                Some(asked) if asked > released.record.generation => {}
+                Some(asked) => {
+                    let message = format!(
+                        "generation {asked} is stale: disk {id} was released here with generation {}; take it back with \
+                         `blockctl disk reclaim {id}`, or attach it with the number of a later release",
+                        released.record.generation
+                    );
+                    return Err(DaemonError::new(Kind::State, message));
+                }
+                None => return exists(released.is_released().message),
+            },
             Some(Slot::Broken(broken)) => match &broken.record {
-                Some(record) if record.image == spec.image => Some(broken.clone()),
+                Some(record) if record.image == spec.image => {
+                    if let Some(asked) = generation.filter(|asked| *asked < record.generation) {
+                        let message = format!(
+                            "generation {asked} is stale: disk {id} has generation {} here already; attach it with the number of a later \
+                             release",
+                            record.generation
+                        );
+                        return Err(DaemonError::new(Kind::State, message));
+                    }
+                }
                 _ => {
-                    return Err(DaemonError::new(
-                        Kind::Exists,
-                        format!("disk {id} is remembered, but not served: {}; detach it first", broken.why),
+                    return exists(format!(
+                        "disk {id} is remembered, but not served: {}; detach it first",
+                        broken.why
                     ));
                 }
             },
-        };
-        disks.insert(id.clone(), Slot::Taken(spec.clone(), "being attached"));
-        Ok(broken)
+        }
+        Ok(disks.insert(id.clone(), Slot::Taken(spec.clone(), "being attached")))
     }
 
     /// Takes the disk out of service's reach; what was in the slot is the caller's.
@@ -527,6 +599,17 @@ impl Daemon {
             match slot {
                 Slot::Taken(_, what) => return Err(busy(id, what)),
                 Slot::Broken(_) => {}
+                Slot::Released(released) => {
+                    // Its journal still names the disk, which must not become another one meanwhile.
+                    if let Some(job) = released.job.as_ref().filter(|job| !self.is_over(job)) {
+                        if Instant::now() < give_up {
+                            drop(disks);
+                            std::thread::sleep(Duration::from_millis(20));
+                            continue;
+                        }
+                        return Err(Claim::Job(job.clone()).busy(id));
+                    }
+                }
                 Slot::Served(served) => {
                     let claim = lock(&served.claim).clone();
                     if let Some(Claim::Job(job)) = claim {
@@ -633,17 +716,17 @@ fn requested(request: &AttachRequest) -> Result<DiskSpec, DaemonError> {
     }
 }
 
-fn not_found(id: &str) -> DaemonError {
+pub(super) fn not_found(id: &str) -> DaemonError {
     DaemonError::new(
         Kind::NotFound,
         format!("there is no disk {id:?}; `blockctl disk list` shows those that are"),
     )
 }
 
-fn busy(id: &str, what: &str) -> DaemonError {
+pub(super) fn busy(id: &str, what: &str) -> DaemonError {
     DaemonError::new(Kind::Busy, format!("disk {id} is {what}; try again when that is done"))
 }
 
-fn text(path: &Path) -> String {
+pub(super) fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }

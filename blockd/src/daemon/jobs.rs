@@ -317,6 +317,19 @@ impl Daemon {
         }
     }
 
+    /// Whether nothing will happen any more to a job, known or not.
+    pub(super) fn is_over(&self, job: &str) -> bool {
+        self.jobs().get(job).is_none_or(|progress| progress.job().is_over())
+    }
+
+    /// Whether a job works on its disk no more, though it may still tidy up behind it.
+    pub(super) fn has_let_go(&self, job: &str) -> bool {
+        match self.jobs().get(job) {
+            Some(Progress::Running(running)) => running.has_let_go(),
+            _ => true,
+        }
+    }
+
     /// Cancels a disk's move, if there is one, and waits for its end. A move that is committed ends by itself.
     pub(super) fn cancel_job_of(&self, disk: &str) {
         let job = self.find(disk).ok().and_then(|served| served.job());
@@ -457,7 +470,14 @@ impl Daemon {
                 tell(job);
             }),
             image_changed: Box::new(move |image| {
-                changing.change_record(&state, |record| record.follow_move(image))?;
+                let left = changing.record();
+                let new = state.hold_new_image(changing.id(), &image.files[0], image.generation);
+                let fenced = new.map_err(std::io::Error::other)?;
+                changing.change_record(&state, |record| {
+                    record.follow_move(image);
+                    record.fenced = fenced;
+                })?;
+                state.free_old_image(&left, image.generation);
                 let (path, generation) = (image.files[0].display(), image.generation);
                 tracing::info!(job, disk = changing.id(), image = %path, generation, "the disk is another image now");
                 Ok(())

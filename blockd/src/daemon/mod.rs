@@ -14,12 +14,16 @@
 //!
 //! This room must not know how an image lays out its bytes, nor what a ring is.
 
+mod admission;
 pub mod api;
 pub mod clock;
 pub mod config;
+mod crash;
 mod disks;
 pub mod error;
 pub mod events;
+pub mod fence;
+mod handover;
 mod jobs;
 pub mod metrics;
 pub mod names;
@@ -36,10 +40,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::mover;
+use admission::Taking;
 use config::Asked;
 use disks::Slot;
 use error::DaemonError;
 use events::Events;
+use handover::Released;
 use jobs::Jobs;
 use recall::{Origin, Start};
 use state::StateDir;
@@ -114,8 +120,22 @@ impl Daemon {
         for (id, start) in first.into_iter().chain(then) {
             match start {
                 Start::Unknown(e) => self.list_as_broken(&id, None, e),
-                Start::Serve { record, recover, origin } => {
-                    match self.serve(&record, recover, origin.is_known()) {
+                Start::Released(record) => self.list_as_released(record),
+                Start::Serve { mut record, recover, origin } => {
+                    let how = if recover { Taking::Remembered } else { Taking::Asked };
+                    let is_released =
+                        if origin.is_known() { self.finish_release(&mut record) } else { Ok(false) };
+                    let served = match is_released {
+                        Ok(true) => {
+                            self.list_as_released(record);
+                            continue;
+                        }
+                        Ok(false) => {
+                            self.serve(&record, recover, origin.is_known().then_some(&record), how)
+                        }
+                        Err(e) => Err(e),
+                    };
+                    match served {
                         Ok(_) => {}
                         Err(e) if origin == Origin::Typed => {
                             self.stop();
@@ -127,6 +147,12 @@ impl Daemon {
             }
         }
         Ok(())
+    }
+
+    fn list_as_released(&self, record: state::DiskRecord) {
+        let id = record.spec.id.clone();
+        tracing::info!(disk = id, generation = record.generation, "released for another daemon: not served");
+        self.disks().insert(id, Slot::Released(Released { record, job: None }));
     }
 
     fn disks(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {

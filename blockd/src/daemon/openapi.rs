@@ -25,6 +25,8 @@ pub(super) fn document() -> utoipa::openapi::OpenApi {
         api::flush_disk,
         api::snapshot_disk,
         api::resize_disk,
+        api::release_disk,
+        api::reclaim_disk,
         api::start_move,
         api::list_jobs,
         api::show_job,
@@ -75,7 +77,7 @@ mod tests {
             })
             .collect();
         let mut table = routes_of_the_table();
-        assert_eq!(table.len(), 19);
+        assert_eq!(table.len(), 21);
         documented.sort();
         table.sort();
         assert_eq!(documented, table);

@@ -19,6 +19,8 @@ pub(super) enum Start {
         /// Who wants it.
         origin: Origin,
     },
+    /// It was released for another daemon, and is only listed.
+    Released(DiskRecord),
     /// It can't be, because nobody knows any more which image it is.
     Unknown(DaemonError),
 }
@@ -68,6 +70,13 @@ pub(super) fn recall(
                 }
                 None => e,
             }),
+            Ok(record) if record.released.is_some() => {
+                if let Some(wanted) = asked.get(&id) {
+                    let asked = wanted.spec.image.display();
+                    tracing::warn!(disk = id, %asked, "the disk was released for another daemon, so it is not served");
+                }
+                Start::Released(record)
+            }
             Ok(mut record) => {
                 if let Some(image) = journals.remove(&id) {
                     follow_journal(&mut record, &image);

@@ -1,6 +1,7 @@
 //! The state directory: what the daemon must know again after it was killed.
 //!
 //! ```text
+//! DIR/id             the daemon's id, made once: by it other daemons know who holds an image
 //! DIR/lock           held (an open-file-description lock) while a daemon uses the directory
 //! DIR/disks/ID.json  one record a disk: what was asked for, and which image is the disk now
 //! DIR/notes/         what differencing images must not lose when the daemon is killed, which is their codecs' business
@@ -22,9 +23,11 @@ use formats::Format;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::error::{DaemonError, Kind};
-use super::{lock, names};
+use super::fence::{Holder, ReleasedDisk};
+use super::{crash, lock, names};
 use crate::disk::DiskSpec;
 use crate::mover::NewImage;
 
@@ -50,8 +53,14 @@ pub struct DiskRecord {
     pub image: PathBuf,
     /// Format of `image`; absent only until it was opened for the first time.
     pub format: Option<Format>,
-    /// How often a move or a snapshot has put another image in place.
+    /// How often a move or a snapshot has put another image in place, or the disk has changed hands.
     pub generation: u64,
+    /// Whether `image` has a fence, which has to be ours.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fenced: bool,
+    /// The disk was released for another daemon: it is not served.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub released: Option<ReleasedDisk>,
     /// Files that `image` needs as its parents, besides what was asked for: those that snapshots have left behind.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub parents: Vec<PathBuf>,
@@ -67,7 +76,7 @@ pub struct Settling {
     /// The image, absolute.
     pub image: PathBuf,
     /// The id by which the new image knows its content.
-    pub content_id: uuid::Uuid,
+    pub content_id: Uuid,
 }
 
 impl DiskRecord {
@@ -79,6 +88,8 @@ impl DiskRecord {
             format: spec.format,
             spec,
             generation: 0,
+            fenced: false,
+            released: None,
             parents: Vec::new(),
             settling: None,
         }
@@ -100,6 +111,7 @@ impl DiskRecord {
     /// The disk is another image now, of which the parents so far are none.
     pub fn become_image(&mut self, image: &Path, format: Option<Format>) {
         (self.image, self.format) = (image.to_owned(), format);
+        self.fenced = false;
         (self.parents, self.settling) = (Vec::new(), None);
     }
 }
@@ -108,6 +120,8 @@ impl DiskRecord {
 #[derive(Debug)]
 pub struct StateDir {
     root: PathBuf,
+    id: Uuid,
+    host: String,
     /// Held while a file is replaced: two writers of the same one share its temporary name.
     writing: Mutex<()>,
     _lock: File,
@@ -125,10 +139,32 @@ impl StateDir {
         for dir in [root, &root.join("disks"), &root.join("moves"), &root.join("cache")] {
             create_dir(dir).map_err(failed)?;
         }
-        let state =
-            Self { root: root.to_owned(), writing: Mutex::default(), _lock: lock_file(&root.join("lock"))? };
+        let lock = lock_file(&root.join("lock"))?;
+        let state = Self {
+            // As other daemons are told where it is.
+            root: root.canonicalize().map_err(failed)?,
+            id: own_id(root)?,
+            host: std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned(),
+            writing: Mutex::default(),
+            _lock: lock,
+        };
         state.remove_temporaries().map_err(failed)?;
         Ok(state)
+    }
+
+    /// The id of the daemon that this directory is of.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// This daemon as the holder of a disk's image.
+    pub fn holder(&self, disk: &str) -> Holder {
+        Holder {
+            daemon: self.id,
+            host: self.host.clone(),
+            state_dir: self.root.clone(),
+            disk: disk.to_owned(),
+        }
     }
 
     /// Where differencing images keep their notes; made when it is needed.
@@ -215,8 +251,12 @@ impl StateDir {
             return Err(io::Error::other(format!("it knows generation {} already", record.generation)));
         }
         if record.generation < image.generation {
+            let left = record.clone();
             record.follow_move(image);
+            let fenced = self.hold_new_image(id, &record.image, image.generation);
+            record.fenced = fenced.map_err(io::Error::other)?;
             self.put(&record)?;
+            self.free_old_image(&left, image.generation);
         }
         Ok(())
     }
@@ -227,10 +267,13 @@ impl StateDir {
     /// Whatever the file system says.
     pub fn remove(&self, id: &str) -> io::Result<()> {
         self.set_write_through(id, false)?;
+        crash::step();
         match fs::remove_file(self.record_path(id)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => sync_dir(&self.root.join("disks")),
-        }
+        }?;
+        crash::step();
+        Ok(())
     }
 
     /// Path of a disk's record.
@@ -303,13 +346,16 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     // Names of disks and jobs begin with a letter or digit, so this is the name of nothing else.
     let temporary = dir.join(format!(".{}{TEMPORARY}", name.to_string_lossy()));
     let written = (|| {
+        crash::step();
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
         file.write_all(text)?;
         file.write_all(b"\n")?;
         file.sync_all()?;
+        crash::step();
         fs::rename(&temporary, path)
     })();
+    crash::step();
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
@@ -351,6 +397,28 @@ fn read_record(path: &Path, id: &str) -> Result<DiskRecord, DaemonError> {
 #[derive(Deserialize)]
 struct Version {
     version: u32,
+}
+
+/// The id in the state directory; made when there is none.
+fn own_id(root: &Path) -> Result<Uuid, DaemonError> {
+    let path = root.join("id");
+    let failed = |e: io::Error| DaemonError::io(format!("{} can't be used", path.display()), &e);
+    match fs::read_to_string(&path) {
+        Ok(text) => text.trim().parse().map_err(|_| {
+            let message = format!(
+                "{} is no id of a daemon; restore it from a backup, or remove it: disks that were taken over from other daemons \
+                 then have to be attached again with --generation",
+                path.display()
+            );
+            DaemonError::new(Kind::Corrupt, message)
+        }),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let id = Uuid::new_v4();
+            replace(&path, id.to_string().as_bytes()).map_err(failed)?;
+            Ok(id)
+        }
+        Err(e) => Err(failed(e)),
+    }
 }
 
 /// Opens the lock file and locks it for as long as it stays open; the holder's process id is in it, for messages.

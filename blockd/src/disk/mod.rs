@@ -276,9 +276,32 @@ impl Disk {
         let route = self.shared.route.load_full();
         let image = route.source();
         // What was lost is not touched any more: others may have changed it under the map that is known here.
-        if image.image().is_read_only() || matches!(*route, Route::Failed(_)) {
+        if matches!(*route, Route::Failed(_)) {
             return Ok(());
         }
+        // A move that ends just now may still have it open, and look after it.
+        let mut given_up = image.without_upkeep();
+        *given_up = true;
+        if image.image().is_read_only() { Ok(()) } else { self.close(image) }
+    }
+
+    /// Lets go of the locks on the images of a disk that was stopped. Whoever looks on, or tidies up behind a move, may keep the
+    /// files open for a while; nobody uses them any more.
+    ///
+    /// # Errors
+    /// What the file system says.
+    ///
+    /// # Panics
+    /// When the disk was not stopped.
+    pub fn let_go(&self) -> Result<(), DiskError> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(running.is_none(), "only what was stopped may be let go of");
+        let image = self.image();
+        formats::let_go(image.image())
+            .map_err(|e| DiskError::new(e.kind, format!("{}: {e}", image.path().display())))
+    }
+
+    fn close(&self, image: &ImageHandle) -> Result<(), DiskError> {
         image.image().close().map_err(|e| {
             DiskError::new(e.kind, format!("{}: cannot be closed cleanly: {e}", image.path().display()))
         })?;

@@ -18,7 +18,7 @@ use super::journal_file::{JournalFile, dir_of, sync_dir};
 use super::layering::Layering;
 use super::preparing::ParentCopy;
 use super::{Move, NewImage, merging};
-use crate::daemon::clock;
+use crate::daemon::{clock, fence};
 use crate::disk::Disk;
 use crate::disk::handle::{ImageHandle, PayloadFile};
 
@@ -97,12 +97,15 @@ fn remove_source(path: &Path, file: &PayloadFile) -> io::Result<()> {
     {
         return Err(io::Error::other("another file has this name now, so it was not deleted"));
     }
+    let fence = fence::path_of(path);
     if path.is_symlink()
         && let Ok(file) = path.canonicalize()
     {
         remove_durably(&file)?;
     }
-    remove_durably(path)
+    remove_durably(path)?;
+    fence::remove_free(&fence);
+    Ok(())
 }
 
 impl Control {
@@ -279,7 +282,10 @@ impl Control {
         }
         let image = NewImage { files, format: plan.format, generation: plan.generation + 1 };
         let told = (self.this.hooks.image_changed)(&image);
-        text(told, || format!("the record of disk {} cannot be written", plan.disk))
+        text(told, || format!("the record of disk {} cannot be written", plan.disk))?;
+        // The source of a merge shares its parents with the target.
+        self.this.outcome().let_go = !matches!(plan.layering, Layering::Merge(_));
+        Ok(())
     }
 
     /// Deletes what the move leaves behind, the newest first, so that no child is left without its parent. A parent that

@@ -152,6 +152,8 @@ pub struct NewImage {
 #[derive(Debug, Clone, Default)]
 struct Outcome {
     over: bool,
+    /// The disk is the target, by its record too: what is left to do is behind its back.
+    let_go: bool,
     source_deleted: bool,
     /// Parents that others use were left.
     sources_kept: Vec<String>,
@@ -518,6 +520,12 @@ impl Move {
             drop(preparation);
             self.shared.apply(event);
         }
+    }
+
+    /// Whether the move works on the disk no more: it is over, or only the source is left to be tidied up.
+    pub fn has_let_go(&self) -> bool {
+        let outcome = self.outcome();
+        outcome.over || outcome.let_go
     }
 
     /// Returns when the move is over.

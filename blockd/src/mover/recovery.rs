@@ -12,6 +12,7 @@ use super::control::{remove_durably, rename_durably};
 use super::journal_file::{EXTENSION, JournalFile};
 use super::layering::Layering;
 use super::{MovePlan, NewImage, texts};
+use crate::daemon::fence;
 use crate::disk::DiskError;
 
 /// What the journals say.
@@ -166,12 +167,14 @@ fn finish_move(
         let is_chain = matches!(plan.layering, Layering::Chain(_));
         let files = plan.source_files();
         for path in files.iter().take(if is_chain { 1 } else { files.len() }) {
+            let fence = fence::path_of(path);
             if let Err(e) = remove_durably(path) {
                 warning = format!("the source {} cannot be deleted: {e}", path.display());
                 tracing::warn!(job = plan.job, "{warning}");
                 deleted = false;
                 break;
             }
+            fence::remove_free(&fence);
         }
         if deleted {
             done.push(Record::SourceDeleted);

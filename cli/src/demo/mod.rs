@@ -233,6 +233,7 @@ async fn start_disk(stage: &Stage, daemon: &Daemon, screen: Screen) -> Result<Gu
         io_threads: 1,
         read_only: false,
         parents: Vec::new(),
+        generation: None,
     };
     daemon.client.attach(&request).await?;
     let connecting = tokio::task::spawn_blocking(move || Device::connect(&socket, SLOTS, CHUNK));

@@ -8,7 +8,9 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use blockd_api::{DiskInfo, ErrorBody, Job, MoveRequest, ResizeRequest, Resized, SnapshotRequest};
+use blockd_api::{
+    AttachRequest, DiskInfo, ErrorBody, Handover, Job, MoveRequest, ResizeRequest, Resized, SnapshotRequest,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
@@ -448,6 +450,26 @@ impl Daemon {
     pub fn snapshot(&self, id: &str, to: &Path) -> Result<DiskInfo> {
         let to = to.to_string_lossy().into_owned();
         self.call("POST", &format!("/v1/disks/{id}/snapshot"), Some(&SnapshotRequest { to }))
+    }
+
+    /// Serves an image as a disk.
+    pub fn attach(&self, request: &AttachRequest) -> Result<DiskInfo> {
+        self.call("POST", "/v1/disks", Some(request))
+    }
+
+    /// Ends serving a disk for another daemon to take it over. What a move still has to do is waited for at most `wait`.
+    pub fn release(&self, id: &str, wait: Duration) -> Result<Handover> {
+        self.call("POST", &format!("/v1/disks/{id}/release?wait_ms={}", wait.as_millis()), None::<&()>)
+    }
+
+    /// Serves a disk again that was released here.
+    pub fn reclaim(&self, id: &str) -> Result<DiskInfo> {
+        self.call("POST", &format!("/v1/disks/{id}/reclaim"), None::<&()>)
+    }
+
+    /// Serves here what another daemon has released, at this daemon's socket for it.
+    pub fn take_over(&self, handover: &Handover) -> Result<DiskInfo> {
+        self.attach(&handover.attach_at(&self.socket(&handover.id).display().to_string()))
     }
 
     /// Gives a disk another size.

@@ -377,6 +377,20 @@ impl FrontEnd {
         hung_up(self.stream.as_fd())
     }
 
+    /// Stops all rings as a VMM does that pauses its guest.
+    pub fn stop_rings(&mut self) -> Result<()> {
+        (0..self.rings.len()).try_for_each(|queue| self.stop_ring(queue).map(drop))
+    }
+
+    /// Goes on at another socket: the connection so far is closed, memory and rings stay. The rings were stopped and are
+    /// drained, so the in-flight region begins anew.
+    pub fn go_on_at(&mut self, path: &Path, timeout: Duration) -> Result<()> {
+        self.vanish();
+        path.clone_into(&mut self.path);
+        self.inflight = None;
+        self.reconnect(Base::Used, timeout)
+    }
+
     /// Closes the connection without a word, as a VMM that dies does. Memory, rings and the in-flight region stay.
     pub fn vanish(&self) {
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
