@@ -118,10 +118,10 @@ impl<'a> Slice<'a> {
         address: u64,
     ) -> Option<Mismatch> {
         let content = Content::new(self.parameters, self.vcpu, page);
+        let (written, next) = (content.after(lap), content.after(lap + 1));
         (0..PAGE_WORDS).find_map(|index| {
-            let found = word(bytes, index);
-            let expected = content.expected(lap, index);
-            let right = found == expected || halfway && found == content.expected(lap + 1, index);
+            let (expected, found) = (written.word(index), word(bytes, index));
+            let right = found == expected || halfway && found == next.word(index);
             (!right).then(|| Mismatch {
                 kind: MismatchKind::Memory,
                 address: address + index as u64 * 8,

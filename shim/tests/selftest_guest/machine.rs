@@ -238,6 +238,10 @@ fn run_vcpu(mut vcpu: VcpuFd, shared: &Shared, disks: &[Arc<SoftDisk>]) -> VcpuF
         *shared.trouble.lock().unwrap() = Some(format!("{trouble} at {:x?}", vcpu.get_regs()));
         break;
     }
+    // What an exit left to be done, such as going on behind an `out`, is done before the state is saved.
+    vcpu.set_kvm_immediate_exit(1);
+    let _ = vcpu.run();
+    vcpu.set_kvm_immediate_exit(0);
     vcpu
 }
 

@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use disk::{ALL_FEATURES, FEW_FEATURES, Fault, SoftDisk};
 use machine::{Machine, kvm};
 use shim::guest::{
-    Command, DiskErrorKind, MismatchKind, RingReason, State, send_command, set_rate, verify_from_outside,
+    Command, DiskErrorKind, MismatchKind, Ring, RingReason, State, send_command, set_rate,
+    verify_from_outside,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -170,6 +171,77 @@ fn a_copy_of_memory_and_processors_goes_on_without_a_mismatch() {
         let report = verify(&machine);
         assert_eq!((report.state, report.mismatches), (State::Verified, 0), "{options}: {report:?}");
         machine.pause();
+    }
+}
+
+#[test]
+fn memory_above_the_hole_is_visited_too() {
+    let Some(kvm) = kvm() else { return };
+    // The second processor's part is all above the hole; of this memory only what is visited is there.
+    let mut machine = Machine::new(&kvm, 6 << 30, 2, "selftest,rate=4M,fill=full", vec![]);
+    machine.run();
+    let report = machine.wait("visits", |report| report.vcpus.iter().all(|vcpu| vcpu.visits > 100));
+    machine.pause();
+    assert!(report.is_right(), "{report:?}");
+    let first_above = (3 << 30) / 4096;
+    let mut page = [0; 4096];
+    machine.ram.read_pages(first_above, &mut page);
+    assert_eq!(page, [0; 4096], "what the first processor has not got to yet");
+    let pages = report.vcpus[0].pages;
+    let start = machine.ram.pages() - pages;
+    machine.ram.read_pages(start + 1, &mut page);
+    assert_eq!(
+        page[..8],
+        ((pages + 1) << 32 | 1).to_le_bytes(),
+        "the second page of the second processor, in its first lap"
+    );
+}
+
+#[test]
+fn a_panic_of_the_program_is_told() {
+    let Some(kvm) = kvm() else { return };
+    let mut machine = Machine::new(&kvm, 6 * MIB, 2, "selftest,pattern=idle", vec![]);
+    // A number of pages with which the second processor's part cannot be computed; put right before the report is read.
+    let pages = GuestAddress(0x1000 + 64);
+    let real: u64 = machine.ram.memory().read_obj(pages).unwrap();
+    assert!(real > 512 && real < 1536, "the parameters have changed: {real}");
+    machine.ram.memory().write_obj(u64::MAX, pages).unwrap();
+    machine.run();
+    let end = Instant::now() + Duration::from_secs(5);
+    let wrong = |ring: &Ring| *ring == Ring { reason: RingReason::Wrong, vcpu: 1 };
+    while !machine.rings().iter().any(wrong) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    machine.pause();
+    machine.ram.memory().write_obj(real, pages).unwrap();
+    let report = machine.report();
+    assert_eq!(report.state, State::Failed);
+    let text = report.vcpus[1].panic.as_deref().unwrap_or_default();
+    assert!(text.contains("overflow") && text.contains("guest/pattern.rs"), "{text}");
+}
+
+#[test]
+#[ignore = "shows how fast the guest is; takes a while and a quiet machine"]
+fn the_speed_of_visits() {
+    let Some(kvm) = kvm() else { return };
+    for vcpus in [1, 2] {
+        for pattern in ["sequential", "random"] {
+            for fill in ["line", "full"] {
+                let options = format!("selftest,working-set=240M,pattern={pattern},fill={fill}");
+                let mut machine = Machine::new(&kvm, 256 * MIB, vcpus, &options, vec![]);
+                machine.run();
+                machine.wait("two laps", |report| report.vcpus.iter().all(|vcpu| vcpu.laps > 1));
+                let (start, before) = (Instant::now(), machine.report().visits());
+                std::thread::sleep(Duration::from_secs(2));
+                let visits = machine.report().visits() - before;
+                let rate = visits as f64 / start.elapsed().as_secs_f64() / f64::from(vcpus);
+                eprintln!("{vcpus} processors, {pattern}, {fill}: {rate:.0} pages/s each");
+                machine.pause();
+                let start = Instant::now();
+                assert!(verify_from_outside(&machine.ram).unwrap().is_right());
+                eprintln!("    from outside {:?}", start.elapsed());
+            }
+        }
     }
 }
 
