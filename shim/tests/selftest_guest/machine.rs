@@ -179,7 +179,8 @@ impl Machine {
             self.ram.read_pages(first, &mut buffer);
             ram.write_pages(first, &buffer);
         }
-        let machine = Self::bare(kvm, ram, states.len() as u32, Vec::new());
+        let disks = self.disks.iter().map(|disk| disk.moved().start(ram.clone())).collect();
+        let machine = Self::bare(kvm, ram, states.len() as u32, disks);
         for (vcpu, state) in machine.vcpus.iter().zip(states) {
             vcpu.set_regs(&state.regs).unwrap();
             vcpu.set_sregs(&state.sregs).unwrap();

@@ -87,12 +87,17 @@ fn the_rate_is_kept_and_can_be_changed() {
     for mib_per_s in [20, 100] {
         set_rate(&machine.ram, mib_per_s * MIB).unwrap();
         std::thread::sleep(Duration::from_millis(200));
-        let (start, before) = (Instant::now(), machine.report().visits());
-        std::thread::sleep(Duration::from_millis(700));
-        let visits = machine.report().visits() - before;
-        let measured = visits as f64 * 4096.0 / MIB as f64 / start.elapsed().as_secs_f64();
-        let off = (measured / mib_per_s as f64 - 1.0).abs();
-        assert!(off < 0.2, "{measured:.1} MiB/s instead of {mib_per_s}");
+        let measure = || {
+            let (start, before) = (Instant::now(), machine.report().visits());
+            std::thread::sleep(Duration::from_millis(700));
+            let visits = machine.report().visits() - before;
+            let measured = visits as f64 * 4096.0 / MIB as f64 / start.elapsed().as_secs_f64();
+            let share = measured / mib_per_s as f64;
+            assert!(share < 1.2, "{measured:.1} MiB/s instead of {mib_per_s}");
+            share > 0.8
+        };
+        // A busy host may keep the processors from running for a while, but not always.
+        assert!((0..5).any(|_| measure()), "never nearly {mib_per_s} MiB/s");
     }
     machine.pause();
     assert!(machine.report().is_right());
@@ -147,6 +152,39 @@ fn a_flipped_byte_that_no_lap_looks_at_is_found_by_the_command_to_verify() {
     let found = report.vcpus[0].first_mismatches[0];
     assert_eq!((report.mismatches, found.address, found.expected, found.found), (1, at.0, 0, 1));
     machine.pause();
+}
+
+#[test]
+fn a_page_of_an_earlier_lap_is_found() {
+    let Some(kvm) = kvm() else { return };
+    for options in ["selftest,fill=full,rate=100M", "selftest,fill=line,pattern=random,rate=100M"] {
+        let mut machine = Machine::new(&kvm, 8 * MIB, 1, options, vec![]);
+        let (page, mut old) = (1300, [0; 4096]);
+        machine.run();
+        let laps = machine.wait("laps", |report| report.vcpus[0].laps > 1).vcpus[0].laps;
+        machine.pause();
+        machine.ram.read_pages(page, &mut old);
+        machine.run();
+        machine.wait("more laps", |report| report.vcpus[0].laps > laps + 3);
+        machine.pause();
+        machine.ram.write_pages(page, &old);
+        let summary = verify_from_outside(&machine.ram).unwrap();
+        assert_eq!(
+            (summary.mismatches, summary.first_mismatches[0].address),
+            (1, page * 4096),
+            "{summary:?}"
+        );
+        machine.run();
+        let report = machine.wait("the old page", |report| report.mismatches > 0);
+        let found = report.vcpus[0].first_mismatches[0];
+        // The first word says which page it is, and of which lap.
+        assert_eq!((found.word, found.expected >> 32), (0, found.found >> 32), "{found:?}");
+        assert!(
+            found.found as u32 <= laps as u32 + 1 && found.expected as u32 > laps as u32 + 1,
+            "{found:?}"
+        );
+        machine.pause();
+    }
 }
 
 #[test]
@@ -264,6 +302,31 @@ fn registers_that_are_lost_on_the_way_are_found() {
     next.pause();
 }
 
+#[test]
+fn a_stopped_guest_rests_until_it_is_told_to_run() {
+    let Some(kvm) = kvm() else { return };
+    let disk = SoftDisk::new(4 << 20, ALL_FEATURES, 1, Fault::Nothing);
+    let mut machine = Machine::new(&kvm, 16 * MIB, 2, &disk_options(""), vec![disk]);
+    machine.run();
+    for _ in 0..3 {
+        let number = send_command(&machine.ram, Command::Stop).unwrap();
+        let stopped = machine.wait("to stop", |report| report.answered(number));
+        assert_eq!((stopped.state, stopped.disks[0].in_flight), (State::Stopped, 0), "{stopped:?}");
+        std::thread::sleep(Duration::from_millis(20));
+        let later = machine.report();
+        assert_eq!((later.visits(), later.disks[0].reads), (stopped.visits(), stopped.disks[0].reads));
+        let number = send_command(&machine.ram, Command::Run).unwrap();
+        machine.wait("to run again", |report| {
+            report.answered(number)
+                && report.state == State::Running
+                && report.visits() > stopped.visits()
+                && report.disks[0].reads > stopped.disks[0].reads
+        });
+    }
+    assert_eq!(verify(&machine).state, State::Verified);
+    machine.pause();
+}
+
 fn disk_options(more: &str) -> String {
     format!("selftest,working-set=1M,rate=10M,disk-range=2M,report-ms=20{more}")
 }
@@ -294,6 +357,30 @@ fn a_disk_is_written_and_verified() {
             assert!(disk.depth <= ring / 4 && disk.kicks > 0);
         }
     }
+}
+
+#[test]
+fn a_disk_that_moves_with_requests_in_flight_stays_right() {
+    let Some(kvm) = kvm() else { return };
+    let disk = SoftDisk::new(4 << 20, ALL_FEATURES, 2, Fault::Nothing);
+    let options = disk_options(",queues=2,depth=32");
+    let mut machine = Machine::new(&kvm, 16 * MIB, 1, &options, vec![disk]);
+    machine.run();
+    let mut in_flight = 0;
+    for _ in 0..8 {
+        let writes = machine.report().disks[0].writes;
+        machine.wait("writes", |report| report.disks[0].writes > writes + 300);
+        machine.pause();
+        machine.disks[0].stop();
+        in_flight += machine.report().disks[0].in_flight;
+        let states = machine.save();
+        machine = machine.copy(&kvm, &states);
+        machine.run();
+    }
+    let report = verify(&machine);
+    machine.pause();
+    assert_eq!((report.state, report.disks[0].errors), (State::Verified, 0), "{report:?}");
+    assert!(in_flight > 0, "nothing was ever in flight");
 }
 
 #[test]
