@@ -41,7 +41,9 @@ fn main() {
     ] {
         rustc.args(["-C", option]);
     }
-    rustc.arg("-C").arg(format!("link-arg=-Wl,-T,{}", source.join("image.ld").display()));
+    rustc.args(["-C", "link-arg=-T", "-C"]).arg(format!("link-arg={}", source.join("image.ld").display()));
+    // The message of a panic says where it was, but not where that is on this machine.
+    rustc.arg(format!("--remap-path-prefix={}=guest", source.display()));
     if let Ok(linker) = std::env::var("RUSTC_LINKER") {
         rustc.arg("-C").arg(format!("linker={linker}"));
     }

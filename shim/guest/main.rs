@@ -22,10 +22,12 @@ mod queue;
 mod registers;
 mod report;
 
+use core::mem::offset_of;
+
 use disk::{Disk, Mode};
 use layout::{
-    COMMAND_RUN, COMMAND_STOP, Control, DISKS_MAX, PARAMETERS_ADDRESS, PATTERN_IDLE, Parameters,
-    RING_ANSWERED, RING_PERIODIC, RING_STARTED, STATE_RUNNING, STATE_STOPPED, STATE_VERIFIED,
+    COMMAND_RUN, COMMAND_STOP, CONTROL_ADDRESS, Control, DISKS_MAX, PARAMETERS_ADDRESS, PATTERN_IDLE,
+    Parameters, RING_ANSWERED, RING_PERIODIC, RING_STARTED, STATE_RUNNING, STATE_STOPPED, STATE_VERIFIED,
     STATE_VERIFYING,
 };
 use machine::{load, tsc};
@@ -44,6 +46,15 @@ extern "C" fn run(vcpu: u32) -> ! {
     // SAFETY: the host wrote the parameters there before it started the processors.
     let parameters = &unsafe { load::<Parameters>(PARAMETERS_ADDRESS) };
     Processor::new(parameters, vcpu).run()
+}
+
+/// What the host wants now. Each word is read, as it is written, whole.
+fn control() -> Control {
+    let word = |offset: usize| {
+        // SAFETY: the host made this page.
+        unsafe { load::<u64>(CONTROL_ADDRESS + offset as u64) }
+    };
+    Control { command: word(offset_of!(Control, command)), rate: word(offset_of!(Control, rate)) }
 }
 
 struct Processor<'a> {
@@ -83,8 +94,7 @@ impl<'a> Processor<'a> {
         let mut current = 0;
         let mut answered = false;
         loop {
-            // SAFETY: the host made this page, and both words are written whole.
-            let control = unsafe { load::<Control>(layout::CONTROL_ADDRESS) };
+            let control = control();
             if control.command != current {
                 current = control.command;
                 answered = false;

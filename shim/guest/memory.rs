@@ -60,8 +60,9 @@ impl<'a> Worker<'a> {
     /// Reports the first wrong word of a page.
     #[cold]
     fn find_wrong(&self, at: u64, content: &Content, lap: u64, report: &mut VcpuReport) {
+        let written = content.after(lap);
         for index in 0..PAGE_WORDS {
-            let (expected, found) = (content.expected(lap, index), word(at, index));
+            let (expected, found) = (written.word(index), word(at, index));
             if expected != found {
                 let kind = WRONG_MEMORY;
                 report.mismatch(Mismatch { kind, word: index as u32, address: at, expected, found, lap });
@@ -97,7 +98,8 @@ impl<'a> Worker<'a> {
         let right = if self.parameters.fill == FILL_FULL {
             is_full(at, &content, lap)
         } else {
-            (0..PAGE_WORDS).all(|index| word(at, index) == content.expected(lap, index))
+            let written = content.after(lap);
+            (0..PAGE_WORDS).all(|index| word(at, index) == written.word(index))
         };
         if !right {
             self.find_wrong(at, &content, lap, report);

@@ -112,20 +112,37 @@ impl Content {
         1 + (lap % TURNS) as usize
     }
 
-    /// What the word is after this lap; a page is all zeroes before the first one.
-    pub fn expected(&self, lap: u64, index: usize) -> u64 {
+    /// The whole page as it is after this lap.
+    pub fn after(self, lap: u64) -> Written {
+        Written { content: self, lap, base: self.base(lap) }
+    }
+}
+
+/// A page as a lap leaves it, all zeroes before the first one.
+#[derive(Debug, Clone, Copy)]
+pub struct Written {
+    content: Content,
+    lap: u64,
+    base: u64,
+}
+
+impl Written {
+    /// One word of it.
+    #[inline]
+    pub fn word(&self, index: usize) -> u64 {
+        let lap = self.lap;
         if lap == 0 {
             return 0;
         }
         if index == 0 {
-            return self.stamp(lap);
+            return self.content.stamp(lap);
         }
-        if self.full || index == LAST {
-            return Self::word(self.base(lap), index);
+        if self.content.full || index == LAST {
+            return Content::word(self.base, index);
         }
         // The latest lap, if there was one, in which it was this word's turn.
         let ago = (lap % TURNS + TURNS - (index as u64 - 1)) % TURNS;
-        if ago >= lap { 0 } else { Self::word(self.base(lap - ago), index) }
+        if ago >= lap { 0 } else { Content::word(self.content.base(lap - ago), index) }
     }
 }
 

@@ -31,6 +31,7 @@ pub enum Fill {
 
 /// What is done with each disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct DiskOptions {
     /// Bytes from the start of the disk that are used, a multiple of 4096; or all of the disk where it is smaller. The content is lost.
     pub range_bytes: u64,
@@ -48,6 +49,7 @@ pub struct DiskOptions {
 /// `fill`, `report-ms`, `seed`, `disk-range`, `depth`, `queues`, `writes` and `flush-every`; sizes may end in K, M, G or T
 /// (powers of 1024).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SelftestOptions {
     /// Bytes of memory that are visited, by all processors together, rounded down to pages; 0 for nearly all there is.
     pub working_set_bytes: u64,
@@ -65,16 +67,20 @@ pub struct SelftestOptions {
     pub seed: u64,
 }
 
+impl Default for DiskOptions {
+    fn default() -> Self {
+        Self { range_bytes: 64 << 20, depth: 16, queues: 1, write_percent: 70, flush_every: 64 }
+    }
+}
+
 impl Default for SelftestOptions {
     fn default() -> Self {
-        let disk =
-            DiskOptions { range_bytes: 64 << 20, depth: 16, queues: 1, write_percent: 70, flush_every: 64 };
         Self {
             working_set_bytes: 0,
             rate_bytes_per_s: 0,
             pattern: Pattern::Sequential,
             fill: Fill::Line,
-            disk,
+            disk: DiskOptions::default(),
             report_ms: 1000,
             seed: 1,
         }

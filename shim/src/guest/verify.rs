@@ -118,10 +118,10 @@ impl<'a> Slice<'a> {
         address: u64,
     ) -> Option<Mismatch> {
         let content = Content::new(self.parameters, self.vcpu, page);
+        let (written, next) = (content.after(lap), content.after(lap + 1));
         (0..PAGE_WORDS).find_map(|index| {
-            let found = word(bytes, index);
-            let expected = content.expected(lap, index);
-            let right = found == expected || halfway && found == content.expected(lap + 1, index);
+            let (expected, found) = (written.word(index), word(bytes, index));
+            let right = found == expected || halfway && found == next.word(index);
             (!right).then(|| Mismatch {
                 kind: MismatchKind::Memory,
                 address: address + index as u64 * 8,
@@ -138,4 +138,74 @@ fn word(bytes: &[u8; PAGE_BYTES], index: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[index * 8..index * 8 + 8]);
     u64::from_le_bytes(word)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parameters(pattern: u32, fill: u32, seed: u64) -> layout::Parameters {
+        layout::Parameters { pattern, fill, seed, ..Default::default() }
+    }
+
+    proptest! {
+        #[test]
+        fn each_page_has_its_turn_once_a_lap(
+            count in 1u64..3000, lap in 1u64..1 << 40, vcpu in 0u32..64, pattern in 0u32..2, seed: u64,
+        ) {
+            let order = Order::new(&parameters(pattern, 0, seed), vcpu, lap, count);
+            let mut seen = PageSet::empty(count);
+            (0..count).for_each(|position| seen.insert(order.page(position)));
+            prop_assert_eq!(seen.len(), count);
+        }
+
+        #[test]
+        fn parts_of_processors_follow_each_other_without_a_gap(pages in 0u64..1 << 28, vcpus in 1u32..=64) {
+            let mut next = 0;
+            for vcpu in 0..vcpus {
+                let (first, count) = slice(pages, vcpus, vcpu);
+                prop_assert_eq!(first, next);
+                next += count;
+            }
+            prop_assert_eq!(next, pages);
+        }
+
+        #[test]
+        fn a_page_is_what_its_laps_made_of_it(laps in 0u64..1200, fill in 0u32..2, page in 0u64..1 << 28, seed: u64) {
+            let parameters = parameters(0, fill, seed);
+            let content = Content::new(&parameters, 3, page);
+            let mut words = [0; PAGE_WORDS];
+            for lap in 1..=laps {
+                let base = content.base(lap);
+                if fill == layout::FILL_FULL {
+                    (1..PAGE_WORDS).for_each(|index| words[index] = Content::word(base, index));
+                }
+                for index in [Content::turn(lap), PAGE_WORDS - 1] {
+                    words[index] = Content::word(base, index);
+                }
+                words[0] = content.stamp(lap);
+            }
+            let written = content.after(laps);
+            for (index, word) in words.into_iter().enumerate() {
+                prop_assert_eq!(written.word(index), word, "word {}", index);
+            }
+        }
+    }
+
+    #[test]
+    fn laps_differ_in_their_order_and_pages_in_their_content() {
+        let parameters = parameters(layout::PATTERN_RANDOM, 0, 7);
+        let lap =
+            |lap: u64| (0..100).map(|i| Order::new(&parameters, 0, lap, 100).page(i)).collect::<Vec<_>>();
+        assert_ne!(lap(1), lap(2));
+        assert_ne!(lap(1), (0..100).collect::<Vec<_>>());
+        let base = |vcpu, page, lap| Content::new(&parameters, vcpu, page).base(lap);
+        assert!(
+            base(0, 5, 1) != base(0, 6, 1)
+                && base(0, 5, 1) != base(0, 5, 2)
+                && base(0, 5, 1) != base(1, 5, 1)
+        );
+    }
 }

@@ -51,7 +51,7 @@ struct Queue {
     next_used: u16,
 }
 
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Registers {
     status: u32,
     device_features_sel: u32,
@@ -61,6 +61,7 @@ struct Registers {
     queues: Vec<Queue>,
 }
 
+#[derive(Clone)]
 struct Store {
     data: Vec<u8>,
     fault: Fault,
@@ -102,6 +103,20 @@ impl SoftDisk {
     pub fn with_ring(mut self, size: u32) -> Self {
         self.queue_num_max = size;
         self
+    }
+
+    /// The same disk elsewhere, with its registers and content. This one is stopped.
+    pub fn moved(&self) -> Self {
+        assert!(self.stop.load(Ordering::SeqCst), "a disk that serves cannot move");
+        Self {
+            features: self.features,
+            queue_num_max: self.queue_num_max,
+            queue_count: self.queue_count,
+            registers: Mutex::new(self.registers.lock().unwrap().clone()),
+            store: Mutex::new(self.store.lock().unwrap().clone()),
+            stop: AtomicBool::new(false),
+            thread: Mutex::new(None),
+        }
     }
 
     pub fn start(self, ram: Arc<GuestRam>) -> Arc<Self> {

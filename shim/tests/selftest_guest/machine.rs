@@ -179,7 +179,8 @@ impl Machine {
             self.ram.read_pages(first, &mut buffer);
             ram.write_pages(first, &buffer);
         }
-        let machine = Self::bare(kvm, ram, states.len() as u32, Vec::new());
+        let disks = self.disks.iter().map(|disk| disk.moved().start(ram.clone())).collect();
+        let machine = Self::bare(kvm, ram, states.len() as u32, disks);
         for (vcpu, state) in machine.vcpus.iter().zip(states) {
             vcpu.set_regs(&state.regs).unwrap();
             vcpu.set_sregs(&state.sregs).unwrap();
@@ -238,6 +239,10 @@ fn run_vcpu(mut vcpu: VcpuFd, shared: &Shared, disks: &[Arc<SoftDisk>]) -> VcpuF
         *shared.trouble.lock().unwrap() = Some(format!("{trouble} at {:x?}", vcpu.get_regs()));
         break;
     }
+    // What an exit left to be done, such as going on behind an `out`, is done before the state is saved.
+    vcpu.set_kvm_immediate_exit(1);
+    let _ = vcpu.run();
+    vcpu.set_kvm_immediate_exit(0);
     vcpu
 }
 

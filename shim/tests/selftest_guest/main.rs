@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 use disk::{ALL_FEATURES, FEW_FEATURES, Fault, SoftDisk};
 use machine::{Machine, kvm};
 use shim::guest::{
-    Command, DiskErrorKind, MismatchKind, RingReason, State, send_command, set_rate, verify_from_outside,
+    Command, DiskErrorKind, MismatchKind, Ring, RingReason, State, send_command, set_rate,
+    verify_from_outside,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -86,12 +87,17 @@ fn the_rate_is_kept_and_can_be_changed() {
     for mib_per_s in [20, 100] {
         set_rate(&machine.ram, mib_per_s * MIB).unwrap();
         std::thread::sleep(Duration::from_millis(200));
-        let (start, before) = (Instant::now(), machine.report().visits());
-        std::thread::sleep(Duration::from_millis(700));
-        let visits = machine.report().visits() - before;
-        let measured = visits as f64 * 4096.0 / MIB as f64 / start.elapsed().as_secs_f64();
-        let off = (measured / mib_per_s as f64 - 1.0).abs();
-        assert!(off < 0.2, "{measured:.1} MiB/s instead of {mib_per_s}");
+        let measure = || {
+            let (start, before) = (Instant::now(), machine.report().visits());
+            std::thread::sleep(Duration::from_millis(700));
+            let visits = machine.report().visits() - before;
+            let measured = visits as f64 * 4096.0 / MIB as f64 / start.elapsed().as_secs_f64();
+            let share = measured / mib_per_s as f64;
+            assert!(share < 1.2, "{measured:.1} MiB/s instead of {mib_per_s}");
+            share > 0.8
+        };
+        // A busy host may keep the processors from running for a while, but not always.
+        assert!((0..5).any(|_| measure()), "never nearly {mib_per_s} MiB/s");
     }
     machine.pause();
     assert!(machine.report().is_right());
@@ -149,6 +155,39 @@ fn a_flipped_byte_that_no_lap_looks_at_is_found_by_the_command_to_verify() {
 }
 
 #[test]
+fn a_page_of_an_earlier_lap_is_found() {
+    let Some(kvm) = kvm() else { return };
+    for options in ["selftest,fill=full,rate=100M", "selftest,fill=line,pattern=random,rate=100M"] {
+        let mut machine = Machine::new(&kvm, 8 * MIB, 1, options, vec![]);
+        let (page, mut old) = (1300, [0; 4096]);
+        machine.run();
+        let laps = machine.wait("laps", |report| report.vcpus[0].laps > 1).vcpus[0].laps;
+        machine.pause();
+        machine.ram.read_pages(page, &mut old);
+        machine.run();
+        machine.wait("more laps", |report| report.vcpus[0].laps > laps + 3);
+        machine.pause();
+        machine.ram.write_pages(page, &old);
+        let summary = verify_from_outside(&machine.ram).unwrap();
+        assert_eq!(
+            (summary.mismatches, summary.first_mismatches[0].address),
+            (1, page * 4096),
+            "{summary:?}"
+        );
+        machine.run();
+        let report = machine.wait("the old page", |report| report.mismatches > 0);
+        let found = report.vcpus[0].first_mismatches[0];
+        // The first word says which page it is, and of which lap.
+        assert_eq!((found.word, found.expected >> 32), (0, found.found >> 32), "{found:?}");
+        assert!(
+            found.found as u32 <= laps as u32 + 1 && found.expected as u32 > laps as u32 + 1,
+            "{found:?}"
+        );
+        machine.pause();
+    }
+}
+
+#[test]
 fn a_copy_of_memory_and_processors_goes_on_without_a_mismatch() {
     let Some(kvm) = kvm() else { return };
     for options in ["selftest,fill=full,pattern=random", "selftest,fill=line", "selftest,rate=30M"] {
@@ -174,6 +213,77 @@ fn a_copy_of_memory_and_processors_goes_on_without_a_mismatch() {
 }
 
 #[test]
+fn memory_above_the_hole_is_visited_too() {
+    let Some(kvm) = kvm() else { return };
+    // The second processor's part is all above the hole; of this memory only what is visited is there.
+    let mut machine = Machine::new(&kvm, 6 << 30, 2, "selftest,rate=4M,fill=full", vec![]);
+    machine.run();
+    let report = machine.wait("visits", |report| report.vcpus.iter().all(|vcpu| vcpu.visits > 100));
+    machine.pause();
+    assert!(report.is_right(), "{report:?}");
+    let first_above = (3 << 30) / 4096;
+    let mut page = [0; 4096];
+    machine.ram.read_pages(first_above, &mut page);
+    assert_eq!(page, [0; 4096], "what the first processor has not got to yet");
+    let pages = report.vcpus[0].pages;
+    let start = machine.ram.pages() - pages;
+    machine.ram.read_pages(start + 1, &mut page);
+    assert_eq!(
+        page[..8],
+        ((pages + 1) << 32 | 1).to_le_bytes(),
+        "the second page of the second processor, in its first lap"
+    );
+}
+
+#[test]
+fn a_panic_of_the_program_is_told() {
+    let Some(kvm) = kvm() else { return };
+    let mut machine = Machine::new(&kvm, 6 * MIB, 2, "selftest,pattern=idle", vec![]);
+    // A number of pages with which the second processor's part cannot be computed; put right before the report is read.
+    let pages = GuestAddress(0x1000 + 64);
+    let real: u64 = machine.ram.memory().read_obj(pages).unwrap();
+    assert!(real > 512 && real < 1536, "the parameters have changed: {real}");
+    machine.ram.memory().write_obj(u64::MAX, pages).unwrap();
+    machine.run();
+    let end = Instant::now() + Duration::from_secs(5);
+    let wrong = |ring: &Ring| *ring == Ring { reason: RingReason::Wrong, vcpu: 1 };
+    while !machine.rings().iter().any(wrong) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    machine.pause();
+    machine.ram.memory().write_obj(real, pages).unwrap();
+    let report = machine.report();
+    assert_eq!(report.state, State::Failed);
+    let text = report.vcpus[1].panic.as_deref().unwrap_or_default();
+    assert!(text.contains("overflow") && text.contains("guest/pattern.rs"), "{text}");
+}
+
+#[test]
+#[ignore = "shows how fast the guest is; takes a while and a quiet machine"]
+fn the_speed_of_visits() {
+    let Some(kvm) = kvm() else { return };
+    for vcpus in [1, 2] {
+        for pattern in ["sequential", "random"] {
+            for fill in ["line", "full"] {
+                let options = format!("selftest,working-set=240M,pattern={pattern},fill={fill}");
+                let mut machine = Machine::new(&kvm, 256 * MIB, vcpus, &options, vec![]);
+                machine.run();
+                machine.wait("two laps", |report| report.vcpus.iter().all(|vcpu| vcpu.laps > 1));
+                let (start, before) = (Instant::now(), machine.report().visits());
+                std::thread::sleep(Duration::from_secs(2));
+                let visits = machine.report().visits() - before;
+                let rate = visits as f64 / start.elapsed().as_secs_f64() / f64::from(vcpus);
+                eprintln!("{vcpus} processors, {pattern}, {fill}: {rate:.0} pages/s each");
+                machine.pause();
+                let start = Instant::now();
+                assert!(verify_from_outside(&machine.ram).unwrap().is_right());
+                eprintln!("    from outside {:?}", start.elapsed());
+            }
+        }
+    }
+}
+
+#[test]
 fn registers_that_are_lost_on_the_way_are_found() {
     let Some(kvm) = kvm() else { return };
     let mut machine = Machine::new(&kvm, 6 * MIB, 1, "selftest,rate=1M", vec![]);
@@ -190,6 +300,31 @@ fn registers_that_are_lost_on_the_way_are_found() {
     let kinds: Vec<_> = report.vcpus[0].first_mismatches.iter().map(|found| found.kind).collect();
     assert!(kinds.contains(&MismatchKind::MmxRegister), "{report:?}");
     next.pause();
+}
+
+#[test]
+fn a_stopped_guest_rests_until_it_is_told_to_run() {
+    let Some(kvm) = kvm() else { return };
+    let disk = SoftDisk::new(4 << 20, ALL_FEATURES, 1, Fault::Nothing);
+    let mut machine = Machine::new(&kvm, 16 * MIB, 2, &disk_options(""), vec![disk]);
+    machine.run();
+    for _ in 0..3 {
+        let number = send_command(&machine.ram, Command::Stop).unwrap();
+        let stopped = machine.wait("to stop", |report| report.answered(number));
+        assert_eq!((stopped.state, stopped.disks[0].in_flight), (State::Stopped, 0), "{stopped:?}");
+        std::thread::sleep(Duration::from_millis(20));
+        let later = machine.report();
+        assert_eq!((later.visits(), later.disks[0].reads), (stopped.visits(), stopped.disks[0].reads));
+        let number = send_command(&machine.ram, Command::Run).unwrap();
+        machine.wait("to run again", |report| {
+            report.answered(number)
+                && report.state == State::Running
+                && report.visits() > stopped.visits()
+                && report.disks[0].reads > stopped.disks[0].reads
+        });
+    }
+    assert_eq!(verify(&machine).state, State::Verified);
+    machine.pause();
 }
 
 fn disk_options(more: &str) -> String {
@@ -222,6 +357,30 @@ fn a_disk_is_written_and_verified() {
             assert!(disk.depth <= ring / 4 && disk.kicks > 0);
         }
     }
+}
+
+#[test]
+fn a_disk_that_moves_with_requests_in_flight_stays_right() {
+    let Some(kvm) = kvm() else { return };
+    let disk = SoftDisk::new(4 << 20, ALL_FEATURES, 2, Fault::Nothing);
+    let options = disk_options(",queues=2,depth=32");
+    let mut machine = Machine::new(&kvm, 16 * MIB, 1, &options, vec![disk]);
+    machine.run();
+    let mut in_flight = 0;
+    for _ in 0..8 {
+        let writes = machine.report().disks[0].writes;
+        machine.wait("writes", |report| report.disks[0].writes > writes + 300);
+        machine.pause();
+        machine.disks[0].stop();
+        in_flight += machine.report().disks[0].in_flight;
+        let states = machine.save();
+        machine = machine.copy(&kvm, &states);
+        machine.run();
+    }
+    let report = verify(&machine);
+    machine.pause();
+    assert_eq!((report.state, report.disks[0].errors), (State::Verified, 0), "{report:?}");
+    assert!(in_flight > 0, "nothing was ever in flight");
 }
 
 #[test]
