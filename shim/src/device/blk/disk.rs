@@ -317,6 +317,10 @@ impl Disk {
         let until = Instant::now() + self.options.patience;
         let mut inner = self.lock();
         loop {
+            // The watcher may not have come to it yet.
+            if inner.link.as_ref().is_some_and(|(link, _)| is_closed(&link.stream())) {
+                self.lose(&mut inner, String::from("the backend closed it"));
+            }
             let is_quiet = inner.run.is_none() && inner.old.is_none();
             if inner.link.is_some() || inner.stopped || is_quiet {
                 return Ok(inner);

@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::disk::{Disk, Run};
 pub use self::offer::Offer;
-use super::mmio::{Transport, TransportState};
+use super::mmio::{self, Transport, TransportState};
 use super::{Device, DeviceState};
 use crate::machine::DeviceDescription;
 use crate::memory::GuestRam;
@@ -238,8 +238,17 @@ impl Device for BlkDevice {
         );
         let state: BlkState =
             serde_json::from_value(state.data.clone()).with_context(|| format!("{name}: its state"))?;
-        ensure!(state.offer.config.len() == offer::CONFIG_BYTES, "{name}: its state is malformed");
         let features = state.transport.driver_features;
+        let negotiated = state.transport.status & mmio::STATUS_FEATURES_OK != 0;
+        ensure!(
+            state.offer.config.len() == offer::CONFIG_BYTES
+                && state.offer.features & !offer::KNOWN_FEATURES == 0
+                && (!negotiated
+                    || features & !state.offer.features == 0 && features & mmio::F_VERSION_1 != 0),
+            "{name}: its state is malformed: features {features:#x} of {:#x}, {} bytes of configuration",
+            state.offer.features,
+            state.offer.config.len()
+        );
         ensure!(
             self.disk.lock().run.is_none(),
             "{name}: a state is restored on a disk that the guest has not touched"
