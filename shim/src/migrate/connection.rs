@@ -6,11 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::batch::{Batch, BatchBuilder, Packer, Unpacker};
-use super::transport::{Closer, Stream};
+use super::transport::{Closer, Stream, TICK};
 use super::wire::{HEADER_BYTES, Header, KIND_PAGES, Message, kind_name};
 
 /// How often a side says that it is still there while it has nothing else to say.
 pub const BEAT: Duration = Duration::from_secs(1);
+/// How long a side that hangs up waits for the other to do so too.
+const PARTING: Duration = Duration::from_millis(500);
 /// Bytes that one read asks for at most, so that a length is believed only as far as bytes follow it.
 const READ_BYTES: usize = 256 << 10;
 
@@ -184,7 +186,7 @@ impl Connection {
                     self.delivered = true;
                     return Ok(Some(header));
                 }
-                header => self.read_towards(wanted, header.map(|header| header.kind))?,
+                header => self.read_towards(wanted, header.map(|header| header.kind), until)?,
             }
             // What is whole by now is taken even if the time is up.
             if self.filled < wanted && Instant::now() >= until {
@@ -194,7 +196,11 @@ impl Connection {
     }
 
     /// One read, towards a message of `wanted` bytes.
-    fn read_towards(&mut self, wanted: usize, kind: Option<u16>) -> Result<()> {
+    fn read_towards(&mut self, wanted: usize, kind: Option<u16>, until: Instant) -> Result<()> {
+        let left = until.saturating_duration_since(Instant::now());
+        if left < TICK && !self.stream.readable(left).context("wait for the peer")? {
+            return self.check_stall(kind);
+        }
         let end = wanted.min(self.filled + READ_BYTES);
         if self.inbox.len() < end {
             self.inbox.resize(end, 0);
@@ -207,16 +213,39 @@ impl Connection {
                 self.last_heard = Instant::now();
                 Ok(())
             }
-            Err(error) if is_tick(&error) => {
-                ensure!(
-                    self.filled == 0 || self.last_heard.elapsed() < self.patience,
-                    "the peer went silent for {} s in the middle of a {} message: it hangs or its host is gone",
-                    self.patience.as_secs_f32(),
-                    kind.map_or("new", kind_name)
-                );
-                Ok(())
-            }
+            Err(error) if is_tick(&error) => self.check_stall(kind),
             Err(error) => Err(error).context("the connection is lost"),
+        }
+    }
+
+    /// Nothing came: in the middle of a message that may last only so long.
+    fn check_stall(&self, kind: Option<u16>) -> Result<()> {
+        ensure!(
+            self.filled == 0 || self.last_heard.elapsed() < self.patience,
+            "the peer went silent for {} s in the middle of a {} message: it hangs or its host is gone",
+            self.patience.as_secs_f32(),
+            kind.map_or("new", kind_name)
+        );
+        Ok(())
+    }
+
+    /// Sends a last message in a way that gets there: to hang up at once would throw it away, where the peer has sent
+    /// something that was not read.
+    pub fn part(mut self, message: &Message) {
+        let Ok(closer) = self.closer() else { return };
+        // Who cannot be told finds out that the connection ends.
+        if self.send(message).is_err() {
+            return;
+        }
+        closer.close_sending();
+        let until = Instant::now() + PARTING;
+        let mut rest = [0; 4096];
+        while Instant::now() < until {
+            match self.stream.read(&mut rest) {
+                Ok(1..) => {}
+                Err(error) if is_tick(&error) => {}
+                _ => return,
+            }
         }
     }
 
@@ -273,7 +302,7 @@ impl Connection {
     pub fn await_message(&mut self, mut stop: impl FnMut() -> Result<()>) -> Result<Message> {
         loop {
             stop()?;
-            if let Some(message) = self.receive(super::transport::TICK)? {
+            if let Some(message) = self.receive(TICK)? {
                 return Ok(message);
             }
             self.watch()?;

@@ -62,6 +62,9 @@ pub struct TargetRecord {
     pub migration: MigrationId,
     /// Where it stands.
     pub status: TargetStatus,
+    /// The source knows and will not ask again.
+    #[serde(default)]
+    pub settled: bool,
 }
 
 /// The records in one directory.
@@ -148,6 +151,11 @@ impl Records {
             .flatten()
             .filter(|entry| entry.file_name().to_string_lossy().starts_with("incoming-"))
             .filter_map(|entry| Some((entry.metadata().ok()?.modified().ok()?, entry.path())))
+            .filter(|(_, path)| {
+                // Without the record of a machine that ran, its source would be told that it never will.
+                let record = read::<TargetRecord>(path).ok().flatten();
+                record.is_some_and(|record| record.settled || record.status != TargetStatus::Running)
+            })
             .collect();
         if found.len() <= TARGET_RECORDS_MAX {
             return;
@@ -266,8 +274,13 @@ mod tests {
             assert_eq!(records.source(name).expect("there"), Some(record));
         }
         let status = TargetStatus::Prepared;
-        let record =
-            TargetRecord { version: RECORD_VERSION, machine: None, migration: MigrationId::new(), status };
+        let record = TargetRecord {
+            version: RECORD_VERSION,
+            machine: None,
+            migration: MigrationId::new(),
+            status,
+            settled: false,
+        };
         records.write_target(&record).expect("written");
         assert_eq!(records.target(record.migration).expect("there"), Some(record));
     }
@@ -293,11 +306,27 @@ mod tests {
         for _ in 0..TARGET_RECORDS_MAX + 3 {
             let migration = MigrationId::new();
             let path = records.target_path(migration);
-            let record =
-                TargetRecord { version: 1, machine: None, migration, status: TargetStatus::Discarded };
+            let record = TargetRecord {
+                version: 1,
+                machine: None,
+                migration,
+                status: TargetStatus::Discarded,
+                settled: false,
+            };
             fs::write(path, serde_json::to_vec(&record).expect("json")).expect("written");
         }
+        let migration = MigrationId::new();
+        let running = TargetRecord {
+            version: 1,
+            machine: None,
+            migration,
+            status: TargetStatus::Running,
+            settled: false,
+        };
+        fs::write(records.target_path(migration), serde_json::to_vec(&running).expect("json"))
+            .expect("written");
         records.forget_oldest();
-        assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), TARGET_RECORDS_MAX);
+        assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), TARGET_RECORDS_MAX + 1);
+        assert_eq!(records.target(migration).expect("kept"), Some(running));
     }
 }

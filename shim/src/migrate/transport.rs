@@ -110,6 +110,12 @@ pub trait Stream: Read + Write + Send {
     /// # Errors
     /// If the process has no descriptor left.
     fn closer(&self) -> io::Result<Closer>;
+
+    /// Whether something can be read at once, or within `wait`.
+    ///
+    /// # Errors
+    /// If the system cannot say.
+    fn readable(&self, wait: Duration) -> io::Result<bool>;
 }
 
 /// Ends a connection, whoever is reading or writing on it.
@@ -119,8 +125,17 @@ pub struct Closer(OwnedFd);
 impl Closer {
     /// Ends it in both directions. What was not sent is lost.
     pub fn close(&self) {
+        self.shutdown(nix::sys::socket::Shutdown::Both);
+    }
+
+    /// Ends it towards the peer, which still gets what was sent.
+    pub fn close_sending(&self) {
+        self.shutdown(nix::sys::socket::Shutdown::Write);
+    }
+
+    fn shutdown(&self, how: nix::sys::socket::Shutdown) {
         // A connection that has ended already is what was wanted.
-        let _ = nix::sys::socket::shutdown(self.0.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+        let _ = nix::sys::socket::shutdown(self.0.as_raw_fd(), how);
     }
 }
 
@@ -204,17 +219,38 @@ impl Stream for Socket {
     fn closer(&self) -> io::Result<Closer> {
         self.as_fd().try_clone_to_owned().map(Closer)
     }
+
+    fn readable(&self, wait: Duration) -> io::Result<bool> {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        // Rounded up: a wait below a millisecond is not to become a busy loop.
+        let millis = u16::try_from(wait.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
+        match poll(&mut fds, PollTimeout::from(millis)) {
+            Ok(ready) => Ok(ready > 0),
+            Err(nix::Error::EINTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
 }
 
 impl Stream for StreamOwned<ClientConnection, Socket> {
     fn closer(&self) -> io::Result<Closer> {
         self.sock.closer()
     }
+
+    fn readable(&self, wait: Duration) -> io::Result<bool> {
+        // What was decrypted already waits within the session.
+        if !self.conn.wants_read() { Ok(true) } else { self.sock.readable(wait) }
+    }
 }
 
 impl Stream for StreamOwned<ServerConnection, Socket> {
     fn closer(&self) -> io::Result<Closer> {
         self.sock.closer()
+    }
+
+    fn readable(&self, wait: Duration) -> io::Result<bool> {
+        // What was decrypted already waits within the session.
+        if !self.conn.wants_read() { Ok(true) } else { self.sock.readable(wait) }
     }
 }
 
