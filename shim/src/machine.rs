@@ -145,8 +145,15 @@ pub trait TargetMachine: Send {
     /// Gives it back: the source takes it again.
     fn return_storage(&mut self) -> Result<()>;
 
-    /// Runs. Nothing that can fail is left to do here but what KVM refuses.
+    /// Lets the processors run. Nothing that can fail is left to do here but what KVM refuses; on an error nothing has run.
+    /// Devices begin with [`TargetMachine::start_devices`]: until then a guest's notification waits.
     fn resume(&mut self) -> Result<()>;
+
+    /// Lets the devices work, as soon as all of the memory is there: at once after [`TargetMachine::resume`], or at the end of
+    /// post-copy. What a backend reads of a page that is not there does not wait for it, unlike a processor.
+    fn start_devices(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// Tells the network where the machine is now (gratuitous ARP and RARP on each network card).
     fn announce(&mut self) -> Result<()>;

@@ -1,0 +1,220 @@
+//! The source's side of the question who runs the machine, done for real: [`super::handshake`] says what, this does it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::connection::Connection;
+use super::handshake::{SourceInput, SourceState};
+use super::progress::CancelToken;
+use super::record::{Place, Records, SourceRecord};
+use super::transport::{Connector, TICK};
+use super::wire::{Hello, Message, PROTOCOL_MAX, PROTOCOL_MIN, Role, TargetStatus};
+use crate::machine::SourceMachine;
+
+/// Rest between two attempts to reach the target again.
+const RECONNECT_REST: Duration = Duration::from_millis(500);
+
+/// A machine on its way out.
+pub(super) struct Handover<'a> {
+    /// `None` if the process that had it is dead.
+    pub machine: Option<&'a dyn SourceMachine>,
+    pub records: &'a Records,
+    pub record: SourceRecord,
+    pub connector: &'a Connector,
+    pub control: Option<Connection>,
+    /// How long a silent peer is waited for.
+    pub patience: Duration,
+    /// How long the target is looked for after a loss, before the machine stays as it is.
+    pub reconnect: Duration,
+    /// Ends that search early.
+    pub cancel: &'a CancelToken,
+    /// What went wrong on the way, the last at the end.
+    pub troubles: Vec<anyhow::Error>,
+    /// When the target said that it runs the machine.
+    pub running_at: Option<Instant>,
+}
+
+impl Handover<'_> {
+    /// Goes on until nothing is left to do without a person.
+    pub fn drive(&mut self, mut state: SourceState) -> SourceState {
+        while !state.is_settled() {
+            let input = self.act(state).unwrap_or_else(|error| {
+                let lost = state == SourceState::AwaitingRunning;
+                self.troubles.push(error);
+                if lost { SourceInput::Lost } else { SourceInput::Failed }
+            });
+            state = state.after(input);
+            if state == SourceState::RecordingGone {
+                self.running_at = Some(Instant::now());
+            }
+        }
+        state
+    }
+
+    fn act(&mut self, state: SourceState) -> Result<SourceInput> {
+        match state {
+            SourceState::Releasing => self.release()?,
+            SourceState::RecordingHandover => self.write(Place::HandedOver)?,
+            SourceState::Committing => self.commit()?,
+            SourceState::AwaitingRunning => return self.await_running(),
+            SourceState::Asking => return self.ask(),
+            SourceState::RecordingHere => self.write(Place::Here)?,
+            SourceState::Reclaiming => self.reclaim()?,
+            SourceState::Resuming => {
+                self.with_machine(|machine| machine.resume()).context("let the machine go on here")?;
+            }
+            SourceState::RecordingGone => self.write(Place::Gone)?,
+            SourceState::Ending => self.end(),
+            SourceState::Sending | SourceState::Here | SourceState::Gone | SourceState::Unresolved(_) => {
+                bail!("nothing is to be done in the state {state:?}")
+            }
+        }
+        Ok(SourceInput::Done)
+    }
+
+    /// Something on the machine, while the target is told that this side is there.
+    fn with_machine<T: Send>(
+        &mut self,
+        work: impl FnOnce(&dyn SourceMachine) -> Result<T> + Send,
+    ) -> Result<Option<T>> {
+        let Some(machine) = self.machine else { return Ok(None) };
+        let Some(control) = &mut self.control else { return work(machine).map(Some) };
+        let (result, beaten) = control.while_beating(|| work(machine));
+        if beaten.is_err() {
+            // It is noticed where the next message goes.
+            self.control = None;
+        }
+        result.map(Some)
+    }
+
+    fn release(&mut self) -> Result<()> {
+        let handover =
+            self.with_machine(|machine| machine.release_storage()).context("give the storage away")?;
+        self.record.handover = handover.unwrap_or_default();
+        Ok(())
+    }
+
+    fn reclaim(&mut self) -> Result<()> {
+        // Whatever comes now, this connection has nothing more to say.
+        if let Some(mut control) = self.control.take() {
+            // The target finds out by itself as well.
+            let _ = control.send(&Message::Abort("the source goes on by itself".into()));
+        }
+        self.with_machine(|machine| machine.reclaim_storage()).context("take the storage back")?;
+        Ok(())
+    }
+
+    fn write(&mut self, place: Place) -> Result<()> {
+        self.record.place = place;
+        self.records.write_source(&self.record)
+    }
+
+    fn commit(&mut self) -> Result<()> {
+        let control = self.control.as_mut().context("the connection was lost before the commit")?;
+        control.send(&Message::Commit(self.record.handover.clone()))
+    }
+
+    fn await_running(&mut self) -> Result<SourceInput> {
+        let control = self.control.as_mut().context("the connection was lost after the commit")?;
+        let answer = control.await_message(|| Ok(()));
+        if answer.is_err() {
+            self.control = None;
+        }
+        let status = match answer.context("wait for the target to run the machine")? {
+            Message::Running => TargetStatus::Running,
+            Message::Status(status) => status,
+            Message::Refused(reason) => {
+                self.troubles.push(anyhow::anyhow!("the target refused the machine: {reason}"));
+                TargetStatus::Refused
+            }
+            other => {
+                self.control = None;
+                bail!("the target answered the commit with a {} message", other.name());
+            }
+        };
+        Ok(SourceInput::Status(status))
+    }
+
+    /// Looks for the target until it answers or the time is up.
+    fn ask(&mut self) -> Result<SourceInput> {
+        let until = Instant::now() + self.reconnect;
+        loop {
+            match self.ask_once() {
+                Ok((control, status)) => {
+                    self.control = Some(control);
+                    if matches!(status, TargetStatus::Refused | TargetStatus::Discarded) {
+                        self.troubles
+                            .push(anyhow::anyhow!("the target says that it will not run the machine"));
+                    }
+                    return Ok(SourceInput::Status(status));
+                }
+                Err(error) if Instant::now() >= until || self.cancel.is_cancelled() => {
+                    return Err(error.context(format!(
+                        "the target at {} does not say whether it runs the machine",
+                        self.connector.address()
+                    )));
+                }
+                Err(_) => self.rest(until),
+            }
+        }
+    }
+
+    fn rest(&self, until: Instant) {
+        let until = until.min(Instant::now() + RECONNECT_REST);
+        while Instant::now() < until && !self.cancel.is_cancelled() {
+            std::thread::sleep(TICK.min(until.saturating_duration_since(Instant::now())));
+        }
+    }
+
+    fn ask_once(&mut self) -> Result<(Connection, TargetStatus)> {
+        let hello = hello(&self.record, Role::Resolve, 0);
+        let mut control = greet(self.connector, hello, self.patience)?;
+        control.send(&Message::Ask)?;
+        match control.await_message(|| Ok(()))? {
+            Message::Status(status) => Ok((control, status)),
+            Message::Running => Ok((control, TargetStatus::Running)),
+            Message::Refused(reason) => bail!("the target refuses to answer: {reason}"),
+            other => {
+                bail!("the target answered the question who runs the machine with a {} message", other.name())
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(machine) = self.machine {
+            machine.end();
+        }
+        if let Some(control) = &mut self.control {
+            // Without it the target keeps its answer ready, which costs nothing.
+            let _ = control.send(&Message::Gone);
+        }
+    }
+}
+
+/// The first message of a connection of an attempt.
+pub(super) fn hello(record: &SourceRecord, role: Role, index: u32) -> Hello {
+    Hello {
+        protocol_min: PROTOCOL_MIN,
+        protocol_max: PROTOCOL_MAX,
+        role,
+        index,
+        migration: record.migration,
+        secret: record.secret.clone(),
+        given_up: None,
+    }
+}
+
+/// A connection on which the target has said welcome.
+pub(super) fn greet(connector: &Connector, hello: Hello, patience: Duration) -> Result<Connection> {
+    let mut connection = Connection::new(connector.connect()?, patience);
+    connection.send(&Message::Hello(hello))?;
+    match connection.await_message(|| Ok(()))? {
+        Message::Welcome(version) if (PROTOCOL_MIN..=PROTOCOL_MAX).contains(&version) => Ok(connection),
+        Message::Welcome(version) => bail!(
+            "the target wants to speak version {version} of the protocol, this program speaks {PROTOCOL_MIN} to {PROTOCOL_MAX}"
+        ),
+        Message::Refused(reason) => bail!("the target at {} refuses: {reason}", connector.address()),
+        other => bail!("the target greets with a {} message", other.name()),
+    }
+}

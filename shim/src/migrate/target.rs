@@ -1,0 +1,255 @@
+//! The target of a migration: waits for a machine, and runs it once its source has given it away.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::door::{Door, Guest};
+use super::progress::CancelToken;
+use super::record::{RECORD_VERSION, Records, TargetRecord};
+use super::session::{Ended, Session};
+use super::source::DEFAULT_PATIENCE;
+use super::transport::{Listener, TICK};
+use super::wire::{Message, MigrationId, Role, TargetStatus};
+use crate::machine::{CompatibilityReport, Description, TargetHost, TargetMachine};
+
+/// How a machine is received.
+#[derive(Debug, Clone)]
+pub struct ReceiveOptions {
+    /// Directory for the records of attempts.
+    pub state_dir: PathBuf,
+    /// How long a silent peer is waited for.
+    pub patience: Duration,
+    /// Stops waiting for a machine. One that is prepared stays so: see `discard`.
+    pub stop: CancelToken,
+    /// Gives up a machine that is prepared. Its source, if it lives, goes on with it; if the source is dead, it is lost.
+    pub discard: CancelToken,
+}
+
+impl ReceiveOptions {
+    /// The usual ones.
+    pub fn new(state_dir: PathBuf) -> Self {
+        Self { state_dir, patience: DEFAULT_PATIENCE, stop: CancelToken::new(), discard: CancelToken::new() }
+    }
+}
+
+/// What happens on a target.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum TargetEvent {
+    /// A source asked what stands in the way of its machine.
+    Checked {
+        /// The machine.
+        machine: String,
+        /// What was found.
+        report: CompatibilityReport,
+    },
+    /// A machine was made and waits for its memory.
+    Created {
+        /// The machine.
+        machine: String,
+        /// The attempt.
+        migration: MigrationId,
+    },
+    /// A round of pages has arrived.
+    RoundReceived {
+        /// The round, from 0.
+        round: u32,
+        /// Pages received so far.
+        pages: u64,
+    },
+    /// The source has paused the machine.
+    SourcePaused,
+    /// Everything is here; the machine waits for its source to give it away.
+    Prepared,
+    /// The source was lost while the machine is prepared: it is waited for.
+    Waiting {
+        /// Why the connection ended.
+        reason: String,
+    },
+    /// The machine runs here.
+    Running,
+    /// The network was told.
+    Announced,
+    /// The attempt is over, and the machine does not run here. The next may come.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Who wants to know what happens on a target.
+pub type TargetObserver<'a> = &'a (dyn Fn(&TargetEvent) + Sync);
+
+/// A machine that runs here now.
+pub struct Received {
+    /// The machine.
+    pub machine: Box<dyn TargetMachine>,
+    /// What it is made of.
+    pub description: Description,
+    /// The attempt.
+    pub migration: MigrationId,
+    /// How the pages that its processors waited for were served, if it ran before all were here.
+    pub postcopy: Option<super::postcopy::FaultReport>,
+}
+
+/// Waits for a machine until one runs. Attempts that fail are told to `events`, and the next is waited for. `None`: told to
+/// stop.
+///
+/// After this has returned a thread goes on answering the source's question who runs the machine, until the source knows.
+///
+/// # Errors
+/// If nobody can connect, or the directory for records is of no use.
+pub fn receive(
+    listener: Listener,
+    host: &dyn TargetHost,
+    options: &ReceiveOptions,
+    events: TargetObserver<'_>,
+) -> Result<Option<Received>> {
+    let records = Records::open(&options.state_dir)?;
+    let mut door = Door::open(listener, options.patience)?;
+    while !options.stop.is_cancelled() {
+        let Some(guest) = door.wait(TICK)? else { continue };
+        match guest.hello.role {
+            Role::Check => check(guest, host, events),
+            Role::Resolve => answer(guest, &records),
+            Role::Pages | Role::Faults => {
+                guest.refuse("no migration is under way that this connection could belong to")
+            }
+            Role::Control => {
+                let session = Session::begin(guest, host, options, &records, events);
+                match session.run(&mut door) {
+                    Ended::Running(received, control) => {
+                        see_off(door, records, received.migration, control);
+                        return Ok(Some(*received));
+                    }
+                    Ended::Not(error) => {
+                        tracing::warn!("a machine was not received: {error:#}");
+                        events(&TargetEvent::Failed { reason: format!("{error:#}") });
+                    }
+                }
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// Says what stands in the way of a machine, and no more.
+fn check(mut guest: Guest, host: &dyn TargetHost, events: TargetObserver<'_>) {
+    let mut checked = || -> Result<()> {
+        guest.welcome()?;
+        let Message::Plan(plan) = guest.connection.await_message(|| Ok(()))? else {
+            anyhow::bail!("a source asked for a check without saying of what");
+        };
+        let report = host.check(&plan.machine);
+        guest.connection.send(&Message::Compatibility(report.clone()))?;
+        events(&TargetEvent::Checked { machine: plan.machine.name, report });
+        Ok(())
+    };
+    if let Err(error) = checked() {
+        tracing::warn!("a check did not come to its end: {error:#}");
+    }
+}
+
+/// Answers for an attempt that is not under way in this process: what is written down, or else a promise, written down first,
+/// that it never will be.
+fn answer(mut guest: Guest, records: &Records) {
+    let mut answered = || -> Result<()> {
+        let migration = guest.hello.migration;
+        let known = records.target(migration)?;
+        let status = match known.as_ref().map(|record| record.status) {
+            Some(TargetStatus::Running) => TargetStatus::Running,
+            Some(TargetStatus::Refused) => TargetStatus::Refused,
+            Some(TargetStatus::Discarded) => TargetStatus::Discarded,
+            // The process that had it is dead.
+            Some(TargetStatus::Prepared) | None => {
+                let machine = known.and_then(|record| record.machine);
+                records.write_target(&TargetRecord {
+                    version: RECORD_VERSION,
+                    machine,
+                    migration,
+                    status: TargetStatus::Discarded,
+                    settled: false,
+                })?;
+                TargetStatus::Discarded
+            }
+        };
+        guest.welcome()?;
+        match guest.connection.await_message(|| Ok(()))? {
+            Message::Ask | Message::Commit(_) | Message::Abort(_) => {
+                guest.connection.send(&Message::Status(status))?
+            }
+            other => anyhow::bail!("a {} message came where a question belongs", other.name()),
+        }
+        if status == TargetStatus::Running {
+            settle(&mut guest, records, migration);
+        }
+        Ok(())
+    };
+    if let Err(error) = answered() {
+        tracing::warn!("a source that asked for its machine was not answered: {error:#}");
+    }
+}
+
+/// Waits a little for the source's word that it knows, after it was told that the machine ran here.
+fn settle(guest: &mut Guest, records: &Records, migration: MigrationId) {
+    if let Ok(Message::Gone) = guest.connection.await_message(|| Ok(())) {
+        note_settled(records, migration);
+    }
+}
+
+fn note_settled(records: &Records, migration: MigrationId) {
+    let note = || -> Result<()> {
+        let record = records.target(migration)?.context("the record is gone")?;
+        records.write_target(&TargetRecord { settled: true, ..record })
+    };
+    if let Err(error) = note() {
+        tracing::warn!("the record of migration {migration} could not be settled: {error:#}");
+    }
+}
+
+/// Answers the source for as long as it does not know that the machine runs here.
+fn see_off(
+    mut door: Door,
+    records: Records,
+    migration: MigrationId,
+    mut control: Option<super::connection::Connection>,
+) {
+    let answer = move || {
+        loop {
+            if let Some(connection) = &mut control {
+                let said = connection.receive(TICK).and_then(|message| match message {
+                    Some(Message::Gone) => Ok(true),
+                    Some(Message::Ask | Message::Commit(_) | Message::Abort(_)) => {
+                        connection.send(&Message::Status(TargetStatus::Running)).map(|()| false)
+                    }
+                    Some(other) => anyhow::bail!("a {} message after the machine ran", other.name()),
+                    None => connection.beat().map(|()| false),
+                });
+                match said {
+                    Ok(true) => return note_settled(&records, migration),
+                    Ok(false) => {}
+                    Err(_) => control = None,
+                }
+            }
+            let Ok(guest) = door.wait(if control.is_some() { Duration::ZERO } else { TICK }) else { return };
+            match guest {
+                Some(mut guest)
+                    if guest.hello.role == Role::Resolve && guest.hello.migration == migration =>
+                {
+                    control = guest.welcome().is_ok().then_some(guest.connection);
+                }
+                Some(guest) if guest.hello.role == Role::Resolve => answer(guest, &records),
+                Some(guest) => guest.refuse("this process runs a machine already"),
+                None => {}
+            }
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("migrate-farewell".into()).spawn(answer) {
+        tracing::warn!(
+            "no thread to answer the source with, which has to ask a restarted process instead: {error}"
+        );
+    }
+}
