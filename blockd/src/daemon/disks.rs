@@ -255,9 +255,10 @@ impl Slot {
                 || Needs::These(Vec::new()),
                 |record| Needs::Perhaps(record.serve(), " (not served now; detach it if it is given up)"),
             ),
-            Self::Released(released) => {
-                Needs::Perhaps(released.record.serve(), " (released, but it may be taken back; detach it if it is given up)")
-            }
+            Self::Released(released) => Needs::Perhaps(
+                released.record.serve(),
+                " (released, but it may be taken back; detach it if it is given up)",
+            ),
             Self::Taken(spec, _) => Needs::Perhaps(spec.clone(), ""),
         }
     }

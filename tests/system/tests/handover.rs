@@ -90,7 +90,12 @@ fn there_and_back(kind: Image) {
     load.run_requests(300).unwrap();
     load.verify_all().unwrap();
     times.sort();
-    println!("{kind:?}, 20 handovers of {:.1?} (median), {:.1?} at most; {}", times[10], times[19], load.counts());
+    println!(
+        "{kind:?}, 20 handovers of {:.1?} (median), {:.1?} at most; {}",
+        times[10],
+        times[19],
+        load.counts()
+    );
     assert!(pair.daemons[0].terminate().unwrap() && pair.daemons[1].terminate().unwrap());
     compare(&load, kind, &pair.images().join(format!("disk.{}", kind.name())));
 }
@@ -129,7 +134,11 @@ fn a_disk_that_was_taken_back_goes_on_for_the_front_end_that_comes_back() {
     load.drain().unwrap();
     load.front.stop_rings().unwrap();
     let handover = pair.daemons[0].release("disk", AT_ONCE).unwrap();
-    assert_eq!(pair.daemons[0].release("disk", AT_ONCE).unwrap(), handover, "asked again it answers the same");
+    assert_eq!(
+        pair.daemons[0].release("disk", AT_ONCE).unwrap(),
+        handover,
+        "asked again it answers the same"
+    );
     let back = pair.daemons[0].reclaim("disk").unwrap();
     assert_eq!((back.generation, back.released), (handover.generation, false));
     // The same memory, rings and in-flight region, by the same socket.
@@ -145,7 +154,11 @@ fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_ha
     if is_reference() {
         return;
     }
-    for (from, to) in [(Image::Raw, Image::DynamicVhdx), (Image::DynamicVhdx, Image::Raw), (Image::DynamicVhdx, Image::DynamicVhd)] {
+    for (from, to) in [
+        (Image::Raw, Image::DynamicVhdx),
+        (Image::DynamicVhdx, Image::Raw),
+        (Image::DynamicVhdx, Image::DynamicVhd),
+    ] {
         let mut pair = Pair::new(from);
         let mut load = pair.load(63);
         load.run_requests(1500).unwrap();
@@ -157,7 +170,7 @@ fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_ha
         let daemon = &pair.daemons[0];
         let job = daemon.start_move(&request).unwrap();
         let source = daemon.disk("disk").unwrap().image;
-        while daemon.job(&job.job).unwrap().state != "synced" {
+        while !daemon.job(&job.job).unwrap().ready {
             load.run_requests(50).unwrap();
         }
         load.run_requests(200).unwrap();
@@ -177,7 +190,10 @@ fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_ha
         load.verify_all().unwrap();
         let done = daemon.wait_job(&job.job, MINUTE, |job| job.is_over()).unwrap();
         assert!(done.state == "done" && done.source_deleted && !Path::new(&source).exists(), "{done:?}");
-        println!("{from:?} to {to:?}: released after {released:.1?}, taken over after {took:.1?}; {:?}", done.switch);
+        println!(
+            "{from:?} to {to:?}: released after {released:.1?}, taken over after {took:.1?}; {:?}",
+            done.switch
+        );
         pair.daemons[0].restart().unwrap();
         assert!(pair.daemons[0].disk("disk").unwrap().released);
         assert!(pair.daemons[1].terminate().unwrap());
