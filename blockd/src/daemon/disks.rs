@@ -324,7 +324,10 @@ impl Daemon {
         self.settle_job_of(id);
         let not_served = match self.disks().get(id) {
             Some(Slot::Broken(broken)) => Some(broken.info(id)),
-            Some(Slot::Released(released)) => Some(released.info()),
+            Some(Slot::Released(released)) => {
+                let job = released.job.clone().filter(|job| !self.is_over(job));
+                Some(DiskInfo { job, ..released.info() })
+            }
             _ => None,
         };
         match not_served {

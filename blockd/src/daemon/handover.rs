@@ -467,3 +467,6 @@ impl StateDir {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
