@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use blockd_api::{
-    AttachRequest, DiskInfo, ErrorBody, Event, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
-    ResizeRequest, Resized, SnapshotRequest,
+    AttachRequest, DiskInfo, ErrorBody, Event, Handover, Job, JobSettings, MergeRequest, MoveRequest,
+    Receipt, ResizeRequest, Resized, SnapshotRequest,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -77,6 +77,17 @@ impl Client {
     pub(crate) async fn flush(&self, id: &str) -> Result<(), Failure> {
         let path = format!("/v1/disks/{}/flush", segment(id));
         self.send::<(), serde::de::IgnoredAny>(Method::POST, &path, None).await.map(|_| ())
+    }
+
+    /// `POST /v1/disks/{id}/release`, waiting for a move for so many milliseconds.
+    pub(crate) async fn release(&self, id: &str, force: bool, wait_ms: u64) -> Result<Handover, Failure> {
+        let path = format!("/v1/disks/{}/release?force={force}&wait_ms={wait_ms}", segment(id));
+        self.send::<(), Handover>(Method::POST, &path, None).await
+    }
+
+    /// `POST /v1/disks/{id}/reclaim`
+    pub(crate) async fn reclaim(&self, id: &str) -> Result<DiskInfo, Failure> {
+        self.send::<(), DiskInfo>(Method::POST, &format!("/v1/disks/{}/reclaim", segment(id)), None).await
     }
 
     /// `POST /v1/disks/{id}/resize`

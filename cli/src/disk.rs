@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use blockd_api::{AttachRequest, DiskInfo, MergeRequest, Percentiles, ResizeRequest, SnapshotRequest};
+use blockd_api::{
+    AttachRequest, DiskInfo, Handover, MergeRequest, Percentiles, ResizeRequest, SnapshotRequest,
+};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use serde_json::json;
@@ -30,6 +32,26 @@ pub(crate) enum Command {
         #[arg(long)]
         force: bool,
     },
+    /// Stop serving a disk so that another daemon can take it over, for one when its machine moves there
+    #[command(after_help = "Examples:
+  blockctl disk release vm1
+  blockctl disk release vm1 --wait 30s
+  blockctl disk release vm1 --json
+
+The answer has what the other daemon's `disk attach` takes, its --generation for one.")]
+    Release {
+        #[command(flatten)]
+        id: Id,
+        /// Even while a guest uses it; a move has to be over or committed all the same
+        #[arg(long)]
+        force: bool,
+        /// How long to wait for a move to be committed [default: not at all]
+        #[arg(long, value_name = "TIME", value_parser = units::parse_time)]
+        wait: Option<u64>,
+    },
+    /// Serve a disk again that was released here, if nobody has taken it over
+    #[command(after_help = "Example:\n  blockctl disk reclaim vm1")]
+    Reclaim(Id),
     /// Change the size of a disk, also while a guest uses it
     #[command(
         after_help = "Examples:\n  blockctl disk resize vm1 20G\n  blockctl disk resize vm1 5G --shrink"
@@ -93,7 +115,8 @@ pub(crate) struct Id {
 #[command(after_help = "Examples:
   blockctl disk attach vm1 /images/vm1.vhdx --socket /run/vm1.sock
   blockctl disk attach iso /images/install.img --socket /run/iso.sock --read-only
-  blockctl disk attach vm2 /images/vm2.vhdx --socket /run/vm2.sock --parents /images/bases")]
+  blockctl disk attach vm2 /images/vm2.vhdx --socket /run/vm2.sock --parents /images/bases
+  blockctl disk attach vm1 /shared/vm1.vhdx --socket /run/vm1.sock --generation 7")]
 pub(crate) struct AttachArgs {
     #[command(flatten)]
     id: Id,
@@ -140,6 +163,15 @@ pub(crate) async fn run(command: Command, client: &Client, screen: Screen) -> Re
         Command::Detach { id, force } => {
             client.detach(&id.id, force).await?;
             screen.show(&json!({ "id": id.id, "detached": true }), |_| format!("{} is detached", id.id))?;
+        }
+        Command::Release { id, force, wait } => {
+            let handover = client.release(&id.id, force, wait.unwrap_or(0).div_ceil(1000)).await?;
+            screen.show(&handover, released)?;
+        }
+        Command::Reclaim(id) => {
+            screen.show(&client.reclaim(&id.id).await?, |disk| {
+                format!("{} serves {} again, with generation {}", disk.id, disk.image, disk.generation)
+            })?;
         }
         Command::Resize { id, size, shrink } => {
             let request = ResizeRequest { size_bytes: size, shrink };
@@ -200,8 +232,32 @@ fn request(args: AttachArgs) -> Result<AttachRequest, Failure> {
     })
 }
 
+/// What to do with a disk that was released.
+fn released(handover: &Handover) -> String {
+    let Handover { id, image, format, queues, io_threads, generation, .. } = handover;
+    let mut attach = format!(
+        "blockctl disk attach {id} {image} --socket SOCKET --format {format} --generation {generation}"
+    );
+    if *queues > 1 {
+        attach.push_str(&format!(" --queues {queues}"));
+    }
+    if *io_threads > 1 {
+        attach.push_str(&format!(" --io-threads {io_threads}"));
+    }
+    if handover.read_only {
+        attach.push_str(" --read-only");
+    }
+    for parent in handover.chain.iter().skip(1) {
+        attach.push_str(&format!(" --parents {parent}"));
+    }
+    format!(
+        "{id} is released; another daemon takes it over with\n  {attach}\nand this one takes it back with\n  blockctl disk reclaim {id}"
+    )
+}
+
 fn state(disk: &DiskInfo) -> &'static str {
     match (&disk.failed, disk.connected) {
+        _ if disk.released => "released",
         (Some(_), _) => "failed",
         (None, true) => "in use",
         (None, false) => "waiting",
@@ -240,6 +296,7 @@ fn details(disk: &DiskInfo) -> String {
         .add("read-only", yes(disk.read_only))
         .add("connected", yes(disk.connected))
         .add("generation", disk.generation.to_string())
+        .add("released", if disk.released { "yes, for another daemon" } else { "" })
         .add("job", disk.job.clone().unwrap_or_default())
         .add("failed", disk.failed.clone().unwrap_or_default())
         .add("reads", format!("{} ({})", disk.reads, render::size(disk.read_bytes)))

@@ -79,6 +79,8 @@ impl JobState {
 /// How far a move is.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Progress {
+    /// Both sides are equal and verified as asked: a switch takes effect at once.
+    pub ready: bool,
     /// Bytes of the disk.
     pub bytes_total: u64,
     /// Bytes that copies wrote to the target.

@@ -346,6 +346,9 @@ pub struct Job {
     pub disks: Vec<String>,
     /// `queued`, `copying`, `mirroring`, `synced`, `committed`, `done`, `paused`, `failed` or `cancelled`.
     pub state: String,
+    /// Whether it is `synced` and both images are verified as asked, so that a switch takes effect at once.
+    #[serde(default)]
+    pub ready: bool,
     /// Paths of the source images.
     pub source: Vec<String>,
     /// Paths of the target images.

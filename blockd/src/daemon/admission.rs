@@ -52,6 +52,12 @@ pub(super) struct Admitted {
 }
 
 impl Admitted {
+    /// The state of the guest's write cache that came with the image from another daemon: whether it is off.
+    pub(super) fn write_through_from(&self, me: Uuid) -> Option<bool> {
+        let before = self.before.as_ref().filter(|before| !before.is_of(me))?;
+        before.disk.as_ref().map(|disk| disk.write_through)
+    }
+
     /// Puts the fence back as it was: the image was not opened after all.
     pub(super) fn undo(self, state: &StateDir) {
         let Some(ours) = self.ours else { return };
@@ -100,14 +106,6 @@ pub(super) fn admit(
     record.generation = admitted.ours.as_ref().map_or(record.generation, |ours| ours.generation);
     record.fenced = true;
     Ok((record, admitted))
-}
-
-impl Admitted {
-    /// The state of the guest's write cache that came with the image from another daemon: whether it is off.
-    pub(super) fn write_through_from(&self, me: Uuid) -> Option<bool> {
-        let before = self.before.as_ref().filter(|before| !before.is_of(me))?;
-        before.disk.as_ref().map(|disk| disk.write_through)
-    }
 }
 
 fn decide(me: Uuid, record: &DiskRecord, how: Taking, fence: Option<&Fence>) -> Result<Verdict, DaemonError> {
@@ -209,7 +207,8 @@ fn taken(record: &DiskRecord, fence: &Fence) -> DaemonError {
         ),
         Hold::Held => format!(
             "disk {id} can't be taken back: {image} is held by {}, with generation {}; release it there, and attach it here with the number \
-             that this answers (--generation {next}, if that one is gone for good and nothing uses the image any more)",
+             that this answers, or, if that one is gone for good and nothing uses the image any more: `blockctl disk attach {id} {image} \
+             --generation {next} ...`",
             fence.by, fence.generation
         ),
         Hold::Released => format!(

@@ -12,8 +12,8 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use blockd_api::{
-    AttachRequest, DiskInfo, ErrorBody, Event, Handover, Job, JobSettings, MergeRequest, MoveRequest, Receipt,
-    ResizeRequest, Resized, SnapshotRequest,
+    AttachRequest, DiskInfo, ErrorBody, Event, Handover, Job, JobSettings, MergeRequest, MoveRequest,
+    Receipt, ResizeRequest, Resized, SnapshotRequest,
 };
 use serde::Deserialize;
 use serde::Serialize;

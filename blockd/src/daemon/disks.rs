@@ -255,9 +255,10 @@ impl Slot {
                 || Needs::These(Vec::new()),
                 |record| Needs::Perhaps(record.serve(), " (not served now; detach it if it is given up)"),
             ),
-            Self::Released(released) => {
-                Needs::Perhaps(released.record.serve(), " (released, but it may be taken back; detach it if it is given up)")
-            }
+            Self::Released(released) => Needs::Perhaps(
+                released.record.serve(),
+                " (released, but it may be taken back; detach it if it is given up)",
+            ),
             Self::Taken(spec, _) => Needs::Perhaps(spec.clone(), ""),
         }
     }
@@ -323,7 +324,10 @@ impl Daemon {
         self.settle_job_of(id);
         let not_served = match self.disks().get(id) {
             Some(Slot::Broken(broken)) => Some(broken.info(id)),
-            Some(Slot::Released(released)) => Some(released.info()),
+            Some(Slot::Released(released)) => {
+                let job = released.job.clone().filter(|job| !self.is_over(job));
+                Some(DiskInfo { job, ..released.info() })
+            }
             _ => None,
         };
         match not_served {

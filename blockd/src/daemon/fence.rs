@@ -57,7 +57,13 @@ pub struct Holder {
 
 impl std::fmt::Display for Holder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "disk {} of the blockd on {} (state directory {})", self.disk, self.host, self.state_dir.display())
+        write!(
+            f,
+            "disk {} of the blockd on {} (state directory {})",
+            self.disk,
+            self.host,
+            self.state_dir.display()
+        )
     }
 }
 
@@ -176,7 +182,9 @@ fn change_at(
         let Some(mut file) = open(path, true).map_err(io_failed)? else {
             match decide(None)? {
                 Next::Leave | Next::Remove => return Ok(None),
-                Next::Put(fence) if put((path, image), me, &fence, false).map_err(io_failed)? => return Ok(None),
+                Next::Put(fence) if put((path, image), me, &fence, false).map_err(io_failed)? => {
+                    return Ok(None);
+                }
                 Next::Put(_) => continue,
             }
         };
@@ -204,7 +212,8 @@ fn change_at(
 /// Removes the fence at `path` of an image that was deleted, if nobody holds it.
 pub fn remove_free(path: &Path) {
     let is_free = |now: Option<&Fence>| now.is_some_and(|fence| fence.state == Hold::Free);
-    let removed = change_at(path, path, Uuid::nil(), |now| Ok(if is_free(now) { Next::Remove } else { Next::Leave }));
+    let removed =
+        change_at(path, path, Uuid::nil(), |now| Ok(if is_free(now) { Next::Remove } else { Next::Leave }));
     if let Err(e) = removed {
         tracing::warn!(error = e.message, "the fence of a deleted image is left");
     }

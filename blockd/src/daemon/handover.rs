@@ -136,7 +136,8 @@ impl Daemon {
             self.list_as_broken(id, Some(served.record()), e.clone());
             return Err(e);
         }
-        let record = match self.close_snapshot(&served).and_then(|record| self.write_release(&served, record)) {
+        let record = match self.close_snapshot(&served).and_then(|record| self.write_release(&served, record))
+        {
             Ok(record) => record,
             Err(e) => return Err(self.serve_on(&served, e)),
         };
@@ -148,7 +149,12 @@ impl Daemon {
         let released = Released { record, job };
         let handover = released.handover();
         self.disks().insert(id.to_owned(), Slot::Released(released.clone()));
-        self.events.push("disk-released", Some(id), None, format!("released for generation {}", handover.generation));
+        self.events.push(
+            "disk-released",
+            Some(id),
+            None,
+            format!("released for generation {}", handover.generation),
+        );
         // The fence has decided; a record that can't follow now does so at the next start.
         self.remember(&released.record)?;
         Ok(handover)
@@ -215,7 +221,9 @@ impl Daemon {
                 Slot::Served(served) => served.clone(),
             };
             if let Some(why) = served.disk.failed() {
-                let message = format!("disk {id} has failed and can't be released: {why}; detach it, and attach it again");
+                let message = format!(
+                    "disk {id} has failed and can't be released: {why}; detach it, and attach it again"
+                );
                 return Err(DaemonError::new(Kind::State, message));
             }
             let claim = lock(&served.claim).clone();
@@ -258,8 +266,9 @@ impl Daemon {
             }
         };
         if !force && served.disk.is_connected() {
-            let message =
-                format!("disk {id} is used by a front end; pause the guest, so that its rings stop, or use force");
+            let message = format!(
+                "disk {id} is used by a front end; pause the guest, so that its rings stop, or use force"
+            );
             return (job, Some((DaemonError::new(Kind::Busy, message), RELEASE_GRACE)));
         }
         (job, None)
@@ -347,7 +356,9 @@ impl Daemon {
             tracing::warn!(disk = id, error = e.message, "the image stays locked");
         }
         match self.serve_for(&record, true, Some(&record), Taking::Resumed, None) {
-            Ok(_) => DaemonError::new(e.kind, format!("disk {id} was not released, and is served as before: {e}")),
+            Ok(_) => {
+                DaemonError::new(e.kind, format!("disk {id} was not released, and is served as before: {e}"))
+            }
             Err(again) => {
                 let e = DaemonError::new(
                     e.kind,
@@ -418,7 +429,12 @@ impl StateDir {
     ///
     /// # Errors
     /// What the file system says.
-    pub(super) fn hold_new_image(&self, disk: &str, image: &Path, generation: u64) -> Result<bool, DaemonError> {
+    pub(super) fn hold_new_image(
+        &self,
+        disk: &str,
+        image: &Path,
+        generation: u64,
+    ) -> Result<bool, DaemonError> {
         let before = fence::change(image, self.id(), |now| {
             Ok(now.map_or(Next::Leave, |now| {
                 let number = generation.max(now.generation + u64::from(!now.is_of(self.id())));
@@ -451,3 +467,6 @@ impl StateDir {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

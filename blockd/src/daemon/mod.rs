@@ -130,9 +130,7 @@ impl Daemon {
                             self.list_as_released(record);
                             continue;
                         }
-                        Ok(false) => {
-                            self.serve(&record, recover, origin.is_known().then_some(&record), how)
-                        }
+                        Ok(false) => self.serve(&record, recover, origin.is_known().then_some(&record), how),
                         Err(e) => Err(e),
                     };
                     match served {

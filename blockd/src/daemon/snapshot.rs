@@ -48,14 +48,16 @@ impl Daemon {
         // The name without links, as those who look for parents want it.
         let parent = old.path().canonicalize().unwrap_or_else(|_| old.path());
         let fenced = self.state.hold_new_image(id, &path, before.generation + 1);
-        let named = fenced.map_err(std::io::Error::other).and_then(|fenced| served.change_record(&self.state, |record| {
-            let known = std::mem::take(&mut record.parents);
-            record.settling = Some(Settling { image: parent.clone(), content_id });
-            record.parents = std::iter::once(parent).chain(known).collect();
-            (record.image, record.format) = (path.clone(), Some(disk.format()));
-            record.generation += 1;
-            record.fenced = fenced;
-        }));
+        let named = fenced.map_err(std::io::Error::other).and_then(|fenced| {
+            served.change_record(&self.state, |record| {
+                let known = std::mem::take(&mut record.parents);
+                record.settling = Some(Settling { image: parent.clone(), content_id });
+                record.parents = std::iter::once(parent).chain(known).collect();
+                (record.image, record.format) = (path.clone(), Some(disk.format()));
+                record.generation += 1;
+                record.fenced = fenced;
+            })
+        });
         if let Err(e) = named {
             // The record may name the new image all the same, though perhaps not durably: then the file has to stay.
             let message = format!("disk {id} goes on as before: its record can't be replaced");

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use blockd_api::Receipt;
 use formats::{AllocState, ErrorKind, ReadAlone};
-use mirror::{Action, Event, JobState, Record, Route};
+use mirror::{Action, Event, JobState, Record, RecordedPhase, Route, SwitchMode};
 use roaring::RoaringBitmap;
 use sha2::{Digest, Sha256};
 
@@ -163,8 +163,10 @@ impl Control {
             },
             Action::Record(record) => {
                 let done = text(self.journal.append(&record), || "the journal cannot be written".into());
-                if done.is_ok() && matches!(record, Record::Committed { .. }) {
-                    self.note_commit();
+                match record {
+                    Record::Committed { .. } if done.is_ok() => self.note_commit(),
+                    Record::Phase { phase: RecordedPhase::Synced } => self.flush_ahead(),
+                    _ => {}
                 }
                 Event::Recorded(done)
             }
@@ -247,6 +249,16 @@ impl Control {
             at = end;
         }
         Ok(extents)
+    }
+
+    /// Makes durable what was copied, where somebody else says when to switch: they may have paused their guest for that, and
+    /// should wait for no more than was written since.
+    fn flush_ahead(&self) {
+        if self.this.plan.switch == SwitchMode::Manual {
+            let flushed = self.this.shared.target().image().commit().map_err(|e| e.to_string());
+            // A failure is told by the flush that the commit waits for.
+            let _ = self.this.shared.target_flushed(flushed);
+        }
     }
 
     fn note_commit(&self) {

@@ -439,6 +439,7 @@ impl Move {
         Job {
             job: plan.job.clone(),
             disks: vec![plan.disk.clone()],
+            ready: state == "synced" && progress.ready,
             state: state.into(),
             source: texts(&source),
             target: texts(&target),

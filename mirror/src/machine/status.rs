@@ -96,6 +96,7 @@ impl Machine {
         let rate_bytes_per_s = self.meter.rate(now);
         let bytes_left = bytes_dirty + (bytes_to_verify - self.counts.bytes_verified);
         Progress {
+            ready: self.stage == Stage::Synced && self.may_work() && self.verifier.is_complete(),
             bytes_total: self.config.disk_size,
             bytes_copied: self.counts.bytes_copied,
             bytes_mirrored: self.counts.bytes_mirrored,

@@ -379,9 +379,11 @@ impl Daemon {
     fn wait_ready(&mut self) -> Result<()> {
         let until = Instant::now() + Duration::from_secs(30);
         loop {
-            let sockets = self.disks.iter().all(|disk| self.socket(&disk.id).exists());
-            let api = self.program == Program::Reference || self.is_served();
-            if sockets && api {
+            let is_ready = match self.program {
+                Program::Reference => self.disks.iter().all(|disk| self.socket(&disk.id).exists()),
+                Program::Blockd => self.is_served(),
+            };
+            if is_ready {
                 return Ok(());
             }
             if !self.is_alive() {
@@ -397,7 +399,8 @@ impl Daemon {
     fn is_served(&self) -> bool {
         let Ok((200, body)) = http::call(&self.api(), "GET", "/v1/disks", None) else { return false };
         let disks: Vec<DiskInfo> = serde_json::from_str(&body).unwrap_or_default();
-        self.disks.iter().all(|disk| disks.iter().any(|d| d.id == disk.id))
+        let is_there = |d: &DiskInfo| d.released || self.socket(&d.id).exists();
+        self.disks.iter().all(|disk| disks.iter().any(|d| d.id == disk.id && is_there(d)))
     }
 
     fn log_path(&self) -> PathBuf {

@@ -382,12 +382,10 @@ impl FrontEnd {
         (0..self.rings.len()).try_for_each(|queue| self.stop_ring(queue).map(drop))
     }
 
-    /// Goes on at another socket: the connection so far is closed, memory and rings stay. The rings were stopped and are
-    /// drained, so the in-flight region begins anew.
+    /// Goes on at another socket: the connection so far is closed; memory, rings and the in-flight region stay.
     pub fn go_on_at(&mut self, path: &Path, timeout: Duration) -> Result<()> {
         self.vanish();
         path.clone_into(&mut self.path);
-        self.inflight = None;
         self.reconnect(Base::Used, timeout)
     }
 
