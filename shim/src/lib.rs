@@ -20,10 +20,14 @@
 //! Exactly one side runs a machine at any time; [`migrate`] says how that is kept.
 
 pub mod api;
+pub mod cli;
+pub mod control;
 pub mod device;
 pub mod guest;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod pages;
+pub mod setup;
+pub mod storage;
 pub mod vm;

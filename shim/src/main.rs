@@ -1,2 +1,5 @@
-//! `kvm-shim`: a small VMM whose machines move.
-fn main() {}
+//! `kvm-shim`: runs virtual machines whose disks blockd serves, and moves them.
+
+fn main() -> std::process::ExitCode {
+    shim::cli::main()
+}

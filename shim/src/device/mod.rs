@@ -5,6 +5,7 @@
 
 pub mod blk;
 pub mod mmio;
+pub mod serial;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};

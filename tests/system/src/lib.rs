@@ -15,6 +15,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `BLOCKD_BIN` | the daemon's binary; else `blockd` beside the test's own executable |
+//! | `KVM_SHIM` | the binary of `kvm-shim`; else the one beside the test's own executable |
 //! | `BLOCKD_GUEST_DIR` | where `.ci/guest-setup` put QEMU and the kernel; else `blockd-guest` in the cache folder |
 //! | `BLOCKD_TEST_SEED` | added to the seed of every random choice, for soaking: each number is another run |
 //! | `BLOCKD_TEST_FORMATS` | only these formats, as in `raw,vhd` |
@@ -26,6 +27,7 @@ pub mod guest;
 pub mod histogram;
 pub mod http;
 pub mod load;
+pub mod machine;
 pub mod memory;
 pub mod model;
 pub mod ring;

@@ -1,0 +1,192 @@
+//! The commands that ask a process with a machine.
+
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::Exit;
+use super::args::{Api, CompressArgument, Guest, OnTimeoutArgument, Resolve, Send};
+use super::parts::TlsArgument;
+use super::show::{self, Progress};
+use crate::api::client::Client;
+use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, SendRequest, TlsFiles, VmInfo};
+use crate::guest::Report;
+use crate::machine::CompatibilityReport;
+
+/// How often a migration's progress is asked for.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+/// How long saving, or verifying everything in the guest, may take.
+const LONG: Duration = Duration::from_secs(3600);
+
+fn print_json<T: serde::Serialize>(value: &T) -> Result<()> {
+    println!("{}", serde_json::to_string(value)?);
+    Ok(())
+}
+
+fn request(send: &Send) -> SendRequest {
+    let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+    SendRequest {
+        to: send.to.clone(),
+        downtime_ms: millis(send.downtime),
+        timeout_ms: send.timeout.map(millis),
+        on_timeout: match send.on_timeout {
+            OnTimeoutArgument::Cancel => "cancel",
+            OnTimeoutArgument::Force => "force",
+        }
+        .into(),
+        connections: send.connections,
+        bandwidth: send.bandwidth,
+        compress: match send.compress {
+            CompressArgument::None => "none",
+            CompressArgument::Lz4 => "lz4",
+            CompressArgument::Zstd => "zstd",
+        }
+        .into(),
+        postcopy: send.postcopy,
+        auto_converge: send.auto_converge,
+        tls: send.tls.as_ref().map(tls_files),
+        insecure_plain_tcp: send.insecure_plain_tcp,
+        storage: send.storage.name().into(),
+    }
+}
+
+/// Paths are made absolute: the process that opens the files may be in another folder.
+pub fn tls_files(tls: &TlsArgument) -> TlsFiles {
+    let absolute = |path: &std::path::Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    TlsFiles {
+        ca: absolute(&tls.ca),
+        cert: absolute(&tls.cert),
+        key: absolute(&tls.key),
+        name: tls.name.clone(),
+    }
+}
+
+/// `send`.
+///
+/// # Errors
+/// If the process can't be asked, or the migration fails.
+pub fn send(send: &Send, json: bool) -> Result<Exit> {
+    let client = Client::new(&send.api.api).with_timeout(LONG);
+    let request = request(send);
+    if send.check {
+        let report: CompatibilityReport = client.post("/v1/check", Some(&request))?;
+        if json {
+            print_json(&report)?;
+        } else {
+            println!("{}", show::report(&report));
+        }
+        return Ok(if report.is_compatible() { Exit::Done } else { Exit::Different });
+    }
+    let mut info: MigrationInfo = client.post("/v1/migration", Some(&request))?;
+    if send.detach {
+        if json {
+            print_json(&info)?
+        } else {
+            println!("migration {} has begun", info.id)
+        }
+        return Ok(Exit::Done);
+    }
+    let mut progress = Progress::default();
+    while info.state == "running" {
+        if !json {
+            progress.show(&info);
+        }
+        std::thread::sleep(LOOK_EVERY);
+        info = client.get("/v1/migration")?;
+    }
+    ended(&info, &mut progress, json)
+}
+
+fn ended(info: &MigrationInfo, progress: &mut Progress, json: bool) -> Result<Exit> {
+    if json {
+        print_json(info)?;
+    } else {
+        progress.end(info);
+    }
+    match info.state.as_str() {
+        "done" => Ok(Exit::Done),
+        state => {
+            let kind = if state == "cancelled" { "cancelled" } else { "failed" };
+            let message = info.error.clone().unwrap_or_else(|| format!("the migration is {state}"));
+            Err(ErrorInfo { kind: kind.into(), message }.into())
+        }
+    }
+}
+
+/// `status`.
+///
+/// # Errors
+/// If the process can't be asked.
+pub fn status(api: &Api, json: bool) -> Result<Exit> {
+    let client = Client::new(&api.api);
+    let vm: VmInfo = client.get("/v1/vm")?;
+    let migration: MigrationInfo = client.get("/v1/migration")?;
+    if json {
+        print_json(&serde_json::json!({ "vm": vm, "migration": migration }))?;
+        return Ok(Exit::Done);
+    }
+    println!("{}", show::machine(&vm));
+    if !migration.id.is_empty() {
+        let why = migration.error.as_ref().map_or_else(String::new, |e| format!(": {e}"));
+        println!("migration {} to {}: {}{why}", migration.id, migration.to, migration.state);
+    }
+    Ok(Exit::Done)
+}
+
+/// `pause`, `resume`, `stop`.
+///
+/// # Errors
+/// If the process can't be asked, or refuses.
+pub fn verb(api: &Api, verb: &str, json: bool) -> Result<Exit> {
+    let vm: VmInfo = Client::new(&api.api).post::<(), _>(&format!("/v1/vm/{verb}"), None)?;
+    if json {
+        print_json(&vm)?;
+    } else {
+        println!("{}", show::machine(&vm));
+    }
+    Ok(Exit::Done)
+}
+
+/// `cancel`.
+///
+/// # Errors
+/// If the process can't be asked, or has nothing to cancel.
+pub fn migration_verb(api: &Api, verb: &str, json: bool) -> Result<Exit> {
+    let info: MigrationInfo = Client::new(&api.api).post::<(), _>(&format!("/v1/migration/{verb}"), None)?;
+    if json {
+        print_json(&info)?;
+    } else {
+        println!("migration {}: {}", info.id, info.state);
+    }
+    Ok(Exit::Done)
+}
+
+/// `resolve`.
+///
+/// # Errors
+/// If the process can't be asked, or there is nothing to resolve.
+pub fn resolve(resolve: &Resolve, json: bool) -> Result<Exit> {
+    migration_verb(&resolve.api, if resolve.retry { "retry" } else { "resume-here" }, json)
+}
+
+/// `guest`.
+///
+/// # Errors
+/// If the process can't be asked, or does not run the test guest.
+pub fn guest(guest: &Guest, json: bool) -> Result<Exit> {
+    let client = Client::new(&guest.api.api).with_timeout(LONG);
+    let stop = if guest.stop { Some(true) } else { guest.go_on.then_some(false) };
+    let request = GuestRequest { verify: guest.verify, rate: guest.rate, stop };
+    let report: Report = if request == GuestRequest::default() {
+        client.get("/v1/guest")?
+    } else {
+        client.post("/v1/guest", Some(&request))?
+    };
+    if json {
+        print_json(&report)?;
+    } else {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    }
+    let wrong = report.mismatches + report.disk_errors > 0;
+    Ok(if wrong { Exit::Different } else { Exit::Done })
+}
