@@ -1,7 +1,6 @@
 //! The test guest on KVM with a disk of a real blockd: it pauses and goes on, and its state goes on in another machine.
 #![allow(clippy::unwrap_used)]
 
-#[allow(dead_code)]
 mod device_rig;
 
 use std::sync::Arc;
