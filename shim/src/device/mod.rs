@@ -5,6 +5,8 @@
 
 pub mod blk;
 pub mod mmio;
+pub mod net;
+pub mod serial;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
