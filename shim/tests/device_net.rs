@@ -49,7 +49,8 @@ impl Host {
         unsafe {
             let flags = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
             let protocol = (libc::ETH_P_ALL as u16).to_be();
-            let fd = libc::socket(libc::AF_PACKET, flags, i32::from(protocol));
+            // Without a protocol it hears nothing; with one it would hear every interface until it is bound to its own.
+            let fd = libc::socket(libc::AF_PACKET, flags, 0);
             assert!(fd >= 0, "{}", std::io::Error::last_os_error());
             let mut address: libc::sockaddr_ll = std::mem::zeroed();
             address.sll_family = libc::AF_PACKET as u16;
