@@ -207,6 +207,8 @@ fn a_change_of_the_configuration_is_told_until_it_is_acknowledged() {
 enum Access {
     Read(u64, usize),
     Write(u64, Vec<u8>),
+    /// What a driver does that keeps to the rules, as far as it goes before the next access.
+    SetUp(u32),
 }
 
 /// Mostly accesses that look right, so that the deeper states are reached; some of any kind.
@@ -222,6 +224,7 @@ fn access() -> impl Strategy<Value = Access> {
         1 => any::<u32>(),
     ];
     prop_oneof![
+        1 => (0..13u32).prop_map(Access::SetUp),
         5 => (register.clone(), value).prop_map(|(at, value)| Access::Write(at, value.to_le_bytes().to_vec())),
         1 => (register.clone(), prop::collection::vec(any::<u8>(), 0..9)).prop_map(|(at, data)| Access::Write(at, data)),
         2 => (register, 0usize..9).prop_map(|(at, len)| Access::Read(at, len)),
@@ -233,6 +236,26 @@ fn apply(accesses: &[Access], mut read: impl FnMut(u64, &mut [u8]), mut write: i
         match access {
             Access::Read(at, len) => read(*at, &mut vec![0xaa; *len]),
             Access::Write(at, data) => write(*at, data),
+            Access::SetUp(steps) => {
+                let steps_of_all = [
+                    (0x70, 0),
+                    (0x70, 3),
+                    (0x24, 1),
+                    (0x20, 1),
+                    (0x24, 0),
+                    (0x20, 0),
+                    (0x70, 11),
+                    (0x38, 128),
+                    (0x80, 0x1000),
+                    (0x90, 0x2000),
+                    (0xa0, 0x3000),
+                    (0x44, 1),
+                    (0x70, 15),
+                ];
+                for (at, value) in &steps_of_all[..=*steps as usize] {
+                    write(*at, &u32::to_le_bytes(*value));
+                }
+            }
         }
     }
 }
@@ -272,6 +295,9 @@ fn a_guest_that_does_anything_can_set_its_disk_up_afterwards() {
         apply(&accesses, |at, data| device.read(at, data), |at, data| device.write(at, data));
     }
     assert_eq!(read32(&*device, 0), 0x7472_6976);
+    let activations = daemon.log().matches("its rings run").count();
+    println!("the backend's rings ran {activations} times");
+    assert!(activations > 10, "the accesses came to that {activations} times only");
     // The rings were anything as well; a backend that took offence is connected anew.
     let mut load = Load::new(set_up(&*device, &ram, 2, 0), 24);
     for queue in 0..2 {

@@ -5,6 +5,7 @@
 
 pub mod blk;
 pub mod mmio;
+pub mod net;
 pub mod serial;
 
 use anyhow::Result;

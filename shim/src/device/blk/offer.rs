@@ -35,7 +35,7 @@ pub struct Offer {
     pub features: u64,
     /// Queues.
     pub queues: u16,
-    /// The configuration space, [`CONFIG_BYTES`] of it.
+    /// The configuration space: its first 60 bytes.
     pub config: Vec<u8>,
 }
 

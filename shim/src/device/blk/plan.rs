@@ -24,36 +24,24 @@ const ADDR_LOG: u32 = 1;
 /// The in-flight region, which outlives the backend: it says which requests were taken and not completed.
 #[derive(Clone)]
 pub(super) struct Inflight {
-    info: Region,
+    info: VhostUserInflight,
     file: Arc<File>,
-}
-
-/// [`VhostUserInflight`], which cannot be copied in every version of its crate.
-#[derive(Clone, Copy)]
-struct Region {
-    mmap_size: u64,
-    mmap_offset: u64,
-    num_queues: u16,
-    queue_size: u16,
 }
 
 impl Inflight {
     fn ask(frontend: &mut Frontend, queues: u16, queue_size: u16) -> Result<Self> {
         let wanted = VhostUserInflight { mmap_size: 0, mmap_offset: 0, num_queues: queues, queue_size };
         let (info, file) = frontend.get_inflight_fd(&wanted).context("GET_INFLIGHT_FD")?;
-        let VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size: size } = info;
+        let VhostUserInflight { mmap_size, num_queues, queue_size: size, .. } = info;
         ensure!(
             num_queues >= queues && size >= queue_size && mmap_size > 0,
             "the backend's in-flight region is for {num_queues} queues of {size}, not {queues} of {queue_size}"
         );
-        let info = Region { mmap_size, mmap_offset, num_queues, queue_size: size };
         Ok(Self { info, file: Arc::new(file) })
     }
 
     fn set(&self, frontend: &mut Frontend) -> Result<()> {
-        let Region { mmap_size, mmap_offset, num_queues, queue_size } = self.info;
-        let info = VhostUserInflight { mmap_size, mmap_offset, num_queues, queue_size };
-        frontend.set_inflight_fd(&info, self.file.as_raw_fd()).context("SET_INFLIGHT_FD")
+        frontend.set_inflight_fd(&self.info, self.file.as_raw_fd()).context("SET_INFLIGHT_FD")
     }
 }
 
