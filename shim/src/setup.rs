@@ -7,9 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::cli::parts::{ConsoleArgument, DiskArgument};
+use crate::cli::parts::{ConsoleArgument, DiskArgument, TapArgument};
 use crate::device::Device;
 use crate::device::blk::{BlkDevice, BlkOptions};
+use crate::device::net::{NetDevice, NetOptions};
 use crate::device::serial::SerialPort;
 use crate::machine::{DeviceDescription, Finding};
 use crate::memory::GuestRam;
@@ -20,6 +21,8 @@ use crate::vm::host::DeviceMaker;
 pub struct Devices {
     /// Disks, in the order of their places.
     pub disks: Vec<DiskArgument>,
+    /// Network cards; their places are behind the disks'.
+    pub taps: Vec<TapArgument>,
     /// Where the serial line leads.
     pub console: ConsoleArgument,
 }
@@ -34,11 +37,18 @@ impl Devices {
         for disk in &self.disks {
             devices.push(make_disk(disk, disk.queues, ram, false)?);
         }
+        for tap in &self.taps {
+            devices.push(make_tap(tap, ram)?);
+        }
         Ok(devices)
     }
 
     fn disk(&self, wanted: &DeviceDescription) -> Option<&DiskArgument> {
         self.disks.iter().find(|disk| disk.serial == wanted.id)
+    }
+
+    fn tap(&self, wanted: &DeviceDescription) -> Option<&TapArgument> {
+        self.taps.iter().find(|tap| tap.mac.to_string() == wanted.id)
     }
 }
 
@@ -54,10 +64,18 @@ fn make_disk(
     Ok(device)
 }
 
+fn make_tap(tap: &TapArgument, ram: &Arc<GuestRam>) -> Result<Arc<dyn Device>> {
+    let options = NetOptions { tap: tap.name.clone(), mac: tap.mac };
+    let device =
+        NetDevice::new(options, ram.clone()).with_context(|| format!("open the tap {}", tap.name))?;
+    Ok(device)
+}
+
 impl DeviceMaker for Devices {
     fn check(&self, index: usize, wanted: &DeviceDescription) -> Vec<Finding> {
         let found = match wanted.kind.as_str() {
             "blk" => self.disk(wanted).is_some(),
+            "net" => self.tap(wanted).is_some(),
             _ => false,
         };
         if found {
@@ -66,6 +84,7 @@ impl DeviceMaker for Devices {
         let (kind, id) = (&wanted.kind, &wanted.id);
         let way = match kind.as_str() {
             "blk" => format!("give --disk socket=PATH,serial={id}"),
+            "net" => format!("give --tap NAME,mac={id}"),
             _ => "take a newer kvm-shim here".to_owned(),
         };
         let has: Vec<_> = self.disks.iter().map(|disk| disk.serial.as_str()).collect();
@@ -84,10 +103,14 @@ impl DeviceMaker for Devices {
         wanted: &DeviceDescription,
         ram: &Arc<GuestRam>,
     ) -> Result<Arc<dyn Device>> {
-        let disk = self.disk(wanted).filter(|_| wanted.kind == "blk");
-        let disk =
-            disk.with_context(|| format!("there is nothing here for the {} {}", wanted.kind, wanted.id))?;
-        make_disk(disk, wanted.queues, ram, true)
+        if let Some(disk) = self.disk(wanted).filter(|_| wanted.kind == "blk") {
+            return make_disk(disk, wanted.queues, ram, true);
+        }
+        let tap = self.tap(wanted).filter(|_| wanted.kind == "net");
+        make_tap(
+            tap.with_context(|| format!("there is nothing here for the {} {}", wanted.kind, wanted.id))?,
+            ram,
+        )
     }
 
     fn serial(&self) -> Result<Arc<SerialPort>> {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use super::parts::{ConsoleArgument, DiskArgument, TlsArgument};
+use super::parts::{ConsoleArgument, DiskArgument, TapArgument, TlsArgument};
 use super::units;
 use crate::guest::SelftestOptions;
 use crate::vm::cpu::Baseline;
@@ -74,6 +74,9 @@ pub struct Process {
     /// A disk: socket=PATH[,serial=ID][,queues=N][,blockd=API-SOCKET,id=DISK]; repeatable.
     #[arg(long = "disk", value_name = "socket=PATH,..")]
     pub disks: Vec<DiskArgument>,
+    /// A network card: NAME,mac=52:54:00:12:34:56; repeatable.
+    #[arg(long = "tap", value_name = "NAME,mac=..")]
+    pub taps: Vec<TapArgument>,
     /// The serial line: off, stdio or file=PATH.
     #[arg(long, default_value = "off")]
     pub console: ConsoleArgument,

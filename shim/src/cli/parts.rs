@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::device::net::Mac;
+
 /// Most queues of a disk.
 const QUEUES_MAX: u16 = 64;
 
@@ -25,7 +27,7 @@ pub struct TapArgument {
     /// The tap's name.
     pub name: String,
     /// The guest's address.
-    pub mac: [u8; 6],
+    pub mac: Mac,
 }
 
 /// Where the serial line leads.
@@ -105,7 +107,7 @@ impl FromStr for TapArgument {
         for (key, value) in pairs(text, Some("name"))? {
             match key {
                 "name" => name = Some(value.to_owned()),
-                "mac" => mac = Some(parse_mac(value)?),
+                "mac" => mac = Some(value.parse::<Mac>().map_err(|e| format!("mac={value}: {e}"))?),
                 _ => return unknown(key, "mac"),
             }
         }
@@ -113,16 +115,6 @@ impl FromStr for TapArgument {
             name.filter(|n| !n.is_empty() && n.len() < 16).ok_or("a tap has a name of 1 to 15 letters")?;
         Ok(Self { name, mac: mac.ok_or("a network card needs mac=XX:XX:XX:XX:XX:XX")? })
     }
-}
-
-fn parse_mac(text: &str) -> Result<[u8; 6], String> {
-    let wrong = || format!("{text} is no MAC address; one is like 52:54:00:12:34:56");
-    let bytes: Vec<u8> = text
-        .split(':')
-        .map(|part| u8::from_str_radix(part, 16).map_err(|_| wrong()))
-        .collect::<Result<_, _>>()?;
-    let mac: [u8; 6] = bytes.try_into().map_err(|_| wrong())?;
-    if mac[0] & 1 == 1 { Err(format!("{text} is a multicast address")) } else { Ok(mac) }
 }
 
 impl FromStr for ConsoleArgument {
@@ -178,7 +170,7 @@ mod tests {
     #[test]
     fn a_tap_has_a_name_and_an_address() {
         let tap: TapArgument = "tap0,mac=52:54:00:12:34:56".parse().expect("a tap");
-        assert_eq!((tap.name.as_str(), tap.mac[5]), ("tap0", 0x56));
+        assert_eq!((tap.name.as_str(), tap.mac.to_string().as_str()), ("tap0", "52:54:00:12:34:56"));
         for wrong in [
             "tap0",
             "tap0,mac=1:2",

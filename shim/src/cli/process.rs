@@ -31,7 +31,7 @@ fn start_log() {
 }
 
 fn devices(process: &Process) -> Devices {
-    Devices { disks: process.disks.clone(), console: process.console.clone() }
+    Devices { disks: process.disks.clone(), taps: process.taps.clone(), console: process.console.clone() }
 }
 
 fn prepare(process: &Process) -> Result<()> {
