@@ -711,6 +711,13 @@ fn requested(request: &AttachRequest) -> Result<DiskSpec, DaemonError> {
         parents: request.parents.iter().map(PathBuf::from).collect(),
     };
     names::check_spec(&spec)?;
+    if let Some(generation) = request.generation.filter(|&generation| generation > names::GENERATION_MAX) {
+        return Err(DaemonError::invalid(format!(
+            "disk {}: generation {generation} is no number of a handover; those go to {}",
+            spec.id,
+            names::GENERATION_MAX
+        )));
+    }
     match spec.image.metadata() {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let message = format!("disk {}: there is no image {}; create it first", spec.id, request.image);
