@@ -139,7 +139,8 @@ fn table(jobs: &[Job]) -> String {
 
 fn details(job: &Job) -> String {
     let mut facts = Facts::new();
-    facts.add("job", &job.job).add("disk", job.disks.join(", ")).add("state", &job.state);
+    let state = if job.ready { "synced, a switch takes effect at once" } else { job.state.as_str() };
+    facts.add("job", &job.job).add("disk", job.disks.join(", ")).add("state", state);
     if let Some(error) = &job.error {
         facts.add("reason", &error.message);
     }

@@ -15,7 +15,7 @@ fn disk() -> Value {
     json!({
         "id": "vm1", "image": "/images/vm1.vhdx", "chain": ["/images/vm1.vhdx"], "format": "vhdx",
         "type": "dynamic", "size_bytes": 10737418240u64, "sector_size": 512, "socket": "/run/vm1.sock",
-        "queues": 2, "read_only": false, "connected": true, "generation": 3, "job": null, "failed": null,
+        "queues": 2, "read_only": false, "connected": true, "generation": 3, "released": false, "job": null, "failed": null,
         "reads": 1000, "writes": 500, "flushes": 7, "discards": 0, "read_bytes": 4096000,
         "written_bytes": 2048000, "errors": 0, "latency_us": {"read": latency, "write": latency},
     })
@@ -23,7 +23,7 @@ fn disk() -> Value {
 
 fn job(state: &str) -> Value {
     json!({
-        "job": "m1a2b3c4", "disks": ["vm1"], "state": state, "source": ["/a/vm1.vhdx"], "target": ["/b/vm1.vhdx"],
+        "job": "m1a2b3c4", "disks": ["vm1"], "state": state, "ready": false, "source": ["/a/vm1.vhdx"], "target": ["/b/vm1.vhdx"],
         "bytes_total": 1073741824, "bytes_copied": 536870912, "bytes_mirrored": 1048576, "bytes_dirty": 65536,
         "bytes_skipped_zero": 0, "bytes_verified": 0, "rate_bytes_per_s": 104857600, "eta_s": 5, "passes": 1,
         "max_guest_p99_us": null, "guest_p99_us": null,
@@ -195,6 +195,65 @@ fn attaching_sends_absolute_paths() {
     assert_eq!(sent.body["socket"], "/run/vm1.sock");
     assert_eq!(sent.body["queues"], 2);
     assert_eq!(sent.body["read_only"], true);
+}
+
+fn handover() -> Value {
+    json!({
+        "id": "vm1", "image": "/shared/vm1.vhdx", "chain": ["/shared/vm1.vhdx", "/shared/base.vhdx"], "format": "vhdx",
+        "size_bytes": 10737418240u64, "sector_size": 512, "queues": 2, "io_threads": 1, "read_only": false,
+        "write_cache": true, "generation": 7,
+    })
+}
+
+#[test]
+fn what_a_release_answers_can_be_typed_at_the_other_daemon() {
+    let daemon = Daemon::always(200, &handover());
+    let released = daemon.blockctl(&["disk", "release", "vm1", "--wait", "1500ms"]).expect(0).out;
+    let line = released.lines().find_map(|line| line.trim().strip_prefix("blockctl ")).expect("a command");
+    let typed: Vec<_> =
+        line.split(' ').map(|word| if word == "SOCKET" { "/run/vm1.sock" } else { word }).collect();
+    let there = Daemon::always(200, &disk());
+    there.blockctl(&typed).expect(0);
+    let sent = &there.asked()[0].body;
+    let wanted = [
+        ("image", json!("/shared/vm1.vhdx")),
+        ("parents", json!(["/shared/base.vhdx"])),
+        ("generation", json!(7)),
+        ("queues", json!(2)),
+        ("format", json!("vhdx")),
+    ];
+    for (field, value) in wanted {
+        assert_eq!(sent[field], value, "{field}");
+    }
+    let forced = daemon.blockctl(&["disk", "release", "vm1", "--force", "--json"]).expect(0);
+    assert_eq!(forced.json(), handover());
+    assert_eq!(
+        daemon.asked(),
+        [
+            asked("POST", "/v1/disks/vm1/release?force=false&wait_ms=1500", Value::Null),
+            asked("POST", "/v1/disks/vm1/release?force=true&wait_ms=0", Value::Null),
+        ]
+    );
+}
+
+#[test]
+fn a_released_disk_is_listed_as_such_and_taken_back() {
+    let mut released = disk();
+    (released["released"], released["connected"]) = (json!(true), json!(false));
+    let shown = Daemon::always(200, &released);
+    assert!(
+        shown
+            .blockctl(&["disk", "show", "vm1"])
+            .expect(0)
+            .out
+            .contains("released:       yes, for another daemon\n")
+    );
+    let listed = Daemon::always(200, &json!([released]));
+    assert!(listed.blockctl(&["disk", "list"]).expect(0).out.contains("vm1  released"));
+    let daemon = Daemon::always(200, &disk());
+    let back = daemon.blockctl(&["disk", "reclaim", "vm1"]).expect(0);
+    assert_eq!(back.out, "vm1 serves /images/vm1.vhdx again, with generation 3\n");
+    assert_eq!(daemon.asked(), [asked("POST", "/v1/disks/vm1/reclaim", Value::Null)]);
 }
 
 #[test]

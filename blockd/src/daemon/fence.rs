@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use super::error::{DaemonError, Kind};
-use super::{crash, lock};
+use super::{crash, lock, names};
 
 /// The layout that this version writes and reads.
 const VERSION: u32 = 1;
@@ -247,7 +247,14 @@ fn parse(path: &Path, file: &mut File) -> Result<Fence, DaemonError> {
     if version.version != VERSION {
         return Err(damaged(format!("has version {}, and only {VERSION} is known here", version.version)));
     }
-    serde_json::from_str(&text).map_err(|e| damaged(format!("is damaged ({e})")))
+    let fence: Fence = serde_json::from_str(&text).map_err(|e| damaged(format!("is damaged ({e})")))?;
+    let by = &fence.by;
+    let printed = [by.host.as_str(), &by.state_dir.to_string_lossy(), &by.disk].concat();
+    // Two times the highest that anybody asks for: what was taken with that is counted on.
+    if fence.generation > 2 * names::GENERATION_MAX || printed.chars().any(char::is_control) {
+        return Err(damaged("is damaged (a number or a name in it can't be)".into()));
+    }
+    Ok(fence)
 }
 
 #[derive(Deserialize)]

@@ -30,9 +30,10 @@ use std::time::{Duration, Instant};
 use blockd_api::{DiskInfo, Handover, LatencyInfo};
 
 use super::admission::Taking;
-use super::disks::{Claim, Served, Slot, busy, not_found, text};
+use super::disks::{busy, not_found, text};
 use super::error::{DaemonError, Kind};
 use super::fence::{self, Fence, Hold, Next, ReleasedDisk};
+use super::slot::{Claim, Served, Slot};
 use super::state::{DiskRecord, StateDir};
 use super::{Daemon, lock};
 use crate::disk::DiskSpec;
@@ -115,7 +116,7 @@ impl Released {
 /// What a release found in the disk's slot.
 enum Found {
     Served(Arc<Served>, Option<String>),
-    Released(Released),
+    Released(Box<Released>),
 }
 
 impl Daemon {
@@ -129,7 +130,7 @@ impl Daemon {
     pub fn release(&self, id: &str, force: bool, wait: Duration) -> Result<Handover, DaemonError> {
         let (served, job) = match self.take_for_release(id, force, wait.min(RELEASE_WAIT_MAX))? {
             Found::Served(served, job) => (served, job),
-            Found::Released(released) => return self.release_again(released),
+            Found::Released(released) => return self.release_again(*released),
         };
         if let Err(e) = served.disk.stop() {
             let e = DaemonError::from(e);
@@ -216,7 +217,7 @@ impl Daemon {
                 Slot::Released(released) => {
                     let released = released.clone();
                     *slot = Slot::Taken(released.record.spec.clone(), "being released");
-                    return Ok(Found::Released(released));
+                    return Ok(Found::Released(Box::new(released)));
                 }
                 Slot::Served(served) => served.clone(),
             };

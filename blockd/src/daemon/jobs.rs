@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use blockd_api::{Job, JobSettings, MergeRequest, MoveRequest, Receipt};
 
-use super::disks::{Claim, Served};
 use super::error::{DaemonError, Kind};
 use super::events::Events;
 use super::plan::{self, SourceDisk, SourceParent, Wanted};
+use super::slot::{Claim, Served, Slot};
 use super::{Daemon, lock};
 use crate::mover::{Layering, Move, MoveHooks, MovePlan};
 
@@ -378,8 +378,7 @@ impl Daemon {
         }
         // Under the lock of all disks, since a detach looks there.
         let disks = self.disks();
-        let still_there =
-            matches!(disks.get(disk), Some(super::disks::Slot::Served(s)) if Arc::ptr_eq(s, &served));
+        let still_there = matches!(disks.get(disk), Some(Slot::Served(s)) if Arc::ptr_eq(s, &served));
         if !still_there {
             return Err(DaemonError::new(Kind::Busy, format!("disk {disk} is being detached")));
         }

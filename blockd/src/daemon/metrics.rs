@@ -9,7 +9,7 @@ use std::sync::Arc;
 use blockd_api::{DiskInfo, Job};
 
 use super::Daemon;
-use super::disks::Served;
+use super::slot::Served;
 use crate::disk::DiskStats;
 use crate::histogram::Snapshot;
 

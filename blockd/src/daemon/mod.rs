@@ -4,6 +4,7 @@
 //!   main ─► config ─► server ──── signals, systemd, the API's socket
 //!                       │
 //!              api ─► Daemon ─► disks ─► crate::disk      attach, detach, show, flush
+//!                       │  ├──► handover ─► fence          from one daemon to another
 //!                       │  └──► jobs  ─► crate::mover     moves and their verbs
 //!                       ├─► state    records that survive a power cut
 //!                       └─► events, metrics
@@ -31,6 +32,7 @@ mod openapi;
 mod plan;
 mod recall;
 pub mod server;
+mod slot;
 mod snapshot;
 pub mod state;
 mod system;
@@ -42,12 +44,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::mover;
 use admission::Taking;
 use config::Asked;
-use disks::Slot;
 use error::DaemonError;
 use events::Events;
 use handover::Released;
 use jobs::Jobs;
 use recall::{Origin, Start};
+use slot::Slot;
 use state::StateDir;
 
 pub use jobs::Verb;

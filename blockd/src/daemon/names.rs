@@ -11,6 +11,8 @@ use crate::disk::DiskSpec;
 pub const DISK_ID_MAX: usize = 64;
 /// Most queues of a disk.
 pub const QUEUES_MAX: u16 = 64;
+/// The highest generation that may be asked for: nobody counts that far, and everybody can count on from there.
+pub const GENERATION_MAX: u64 = 1 << 53;
 /// Longest path of a Unix socket, in bytes: `sun_path` less its terminating zero.
 pub const SOCKET_PATH_MAX: usize = 107;
 

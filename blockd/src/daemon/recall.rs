@@ -71,6 +71,8 @@ pub(super) fn recall(
                 None => e,
             }),
             Ok(record) if record.released.is_some() => {
+                // A move that had yet to tidy up behind it says nothing new.
+                journals.remove(&id);
                 if let Some(wanted) = asked.get(&id) {
                     let asked = wanted.spec.image.display();
                     tracing::warn!(disk = id, %asked, "the disk was released for another daemon, so it is not served");

@@ -354,7 +354,10 @@ fn a_damaged_fence_is_believed_by_nobody() {
     let whole = std::fs::read_to_string(&path).expect("read");
     let later = whole.replacen("\"version\": 1", "\"version\": 2", 1);
     let cut = whole[..whole.len() / 2].to_owned();
-    for damaged in ["", "{}", &later, &cut, &"x".repeat(1 << 20)] {
+    let far = whole.replacen("\"generation\": 0", "\"generation\": 18446744073709551615", 1);
+    let unprintable = whole.replacen("\"vm1\"", "\"vm1\\u001b[2J\"", 1);
+    assert!(far != whole && unprintable != whole);
+    for damaged in ["", "{}", &later, &cut, &far, &unprintable, &"x".repeat(1 << 20)] {
         std::fs::write(&path, damaged).expect("written");
         let b = bench.daemon("b");
         for e in [
@@ -432,4 +435,46 @@ fn what_was_released_stays_so_whatever_the_command_line_says() {
     assert!(a.show(DISK).expect("listed").released);
     let b = bench.daemon("b");
     bench.take(&b, "b", number).expect("taken over");
+}
+
+#[test]
+fn a_disk_whose_fence_cannot_be_written_is_served_on() {
+    let bench = Bench::new();
+    // The name of the fence would be too long for any file system.
+    let image = bench.dir.path().join(format!("{}.raw", "x".repeat(250)));
+    std::fs::rename(bench.image(), &image).expect("renamed");
+    let a = bench.daemon("a");
+    let image = image.to_str().expect("UTF-8").to_owned();
+    a.attach(&AttachRequest { image, ..bench.request("a", None) }).expect("attached");
+    let e = release(&a).expect_err("refused");
+    assert!(e.message.contains("is served as before") && e.message.contains(".blockd-owner"), "{e}");
+    assert!(serves(&a));
+}
+
+#[test]
+fn numbers_that_nobody_counts_to_are_refused() {
+    let bench = Bench::new();
+    let b = bench.daemon("b");
+    assert_eq!(bench.take(&b, "b", u64::MAX).expect_err("refused").kind, Kind::Invalid);
+    bench.take(&b, "b", crate::daemon::names::GENERATION_MAX).expect("the highest");
+    let handover = release(&b).expect("released");
+    b.reclaim(DISK).expect("taken back");
+    assert_eq!(b.show(DISK).expect("listed").generation, handover.generation);
+}
+
+#[test]
+fn who_only_reads_is_kept_off_an_image_that_another_one_has() {
+    let bench = Bench::new();
+    let (a, number) = bench.released();
+    let c = bench.daemon("c");
+    let read_only = AttachRequest { read_only: true, ..bench.request("c", None) };
+    assert_eq!(c.attach(&read_only).expect_err("released").kind, Kind::Locked);
+    let b = bench.daemon("b");
+    bench.take(&b, "b", number).expect("taken over");
+    drop(b);
+    assert_eq!(c.attach(&read_only).expect_err("held").kind, Kind::Locked);
+    let b = bench.daemon("b");
+    b.detach(DISK, false).expect("detached");
+    c.attach(&read_only).expect("free");
+    drop((a, c));
 }
