@@ -1,6 +1,6 @@
 //! A machine on KVM with a few instructions of its own: what it dirties is told, it stops and goes on, it is slowed down, and
 //! its state goes on in another machine.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::arch::global_asm;
 use std::sync::Arc;

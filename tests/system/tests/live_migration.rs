@@ -1,4 +1,5 @@
 //! Whole machines move between processes of `kvm-shim` while the test guest writes memory and disk and verifies both.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::time::{Duration, Instant};
 
