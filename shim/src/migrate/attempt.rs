@@ -133,7 +133,7 @@ impl Attempt<'_> {
 
     fn create(&mut self, control: &mut Connection, machine: Description) -> Result<(), Stop> {
         let (connections, postcopy) = (self.options.connections, self.options.postcopy);
-        control.send(&Message::Plan(Plan { machine, connections, postcopy }))?;
+        control.send(&Message::Plan(Box::new(Plan { machine, connections, postcopy })))?;
         match control.await_message(|| self.still_wanted())? {
             Message::Compatibility(report) if !report.is_compatible() => {
                 return Err(Stop::Incompatible(report));
@@ -331,7 +331,7 @@ fn too_late(elapsed: Duration, round: &Round) -> anyhow::Error {
          auto-converge or post-copy",
         elapsed.as_secs_f64(),
         round.number,
-        round.pages_left() * PAGE_BYTES as u64 >> 20
+        (round.pages_left() * PAGE_BYTES as u64) >> 20
     )
 }
 

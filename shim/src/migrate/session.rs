@@ -251,7 +251,7 @@ impl<'a> Session<'a> {
             self.control = guest.welcome().is_ok().then_some(guest.connection);
             return None;
         }
-        if guest.hello.role == Role::Control && guest.hello.given_up == Some(self.hello.migration) {
+        if self.is_given_up(&guest.hello) {
             // The source has gone on with the machine, and tries anew.
             self.reason = Some(anyhow::anyhow!("the source gave this attempt up and begins another"));
             self.control = None;
@@ -271,6 +271,11 @@ impl<'a> Session<'a> {
         // In a time that says nothing about where they differ.
         let same = a.len() == b.len() && a.iter().zip(b).fold(0, |any, (a, b)| any | (a ^ b)) == 0;
         hello.migration == self.hello.migration && same
+    }
+
+    /// Whether this is the source of this attempt, which begins another.
+    fn is_given_up(&self, hello: &Hello) -> bool {
+        hello.role == Role::Control && hello.given_up == Some(self.hello.migration)
     }
 
     /// Takes everything that the source sends. Nothing of it runs.
@@ -298,7 +303,7 @@ impl<'a> Session<'a> {
 
     fn make(&mut self) -> Result<()> {
         let plan = match self.control()?.await_message(|| Ok(()))? {
-            Message::Plan(plan) => plan,
+            Message::Plan(plan) => *plan,
             other => return Err(unexpected(&other)),
         };
         ensure!(
@@ -364,10 +369,11 @@ impl<'a> Session<'a> {
 
     /// Somebody comes while a machine is received.
     fn visit_receiving(&self, guest: Guest, door: &mut Door) -> Result<()> {
-        if guest.hello.role == Role::Resolve && self.is_mine(&guest.hello) {
-            // It would not ask if its connection were alive. It is answered when this attempt is over.
+        let asks = guest.hello.role == Role::Resolve && self.is_mine(&guest.hello);
+        if asks || self.is_given_up(&guest.hello) {
+            // It would not come if its old connection were alive. It is served when this attempt is over.
             door.hold(guest);
-            bail!("the source lost its connection and asks who runs the machine");
+            bail!("the source lost its connection and comes with another");
         }
         guest.refuse("another migration to this target is under way: wait for its end");
         Ok(())

@@ -167,7 +167,7 @@ pub fn check(description: &Description, options: &SendOptions) -> Result<Compati
     let mut control = greet(&connector, hello(&record, Role::Check, 0), options.patience)?;
     let plan =
         Plan { machine: description.clone(), connections: options.connections, postcopy: options.postcopy };
-    control.send(&Message::Plan(plan))?;
+    control.send(&Message::Plan(Box::new(plan)))?;
     match control.await_message(|| Ok(()))? {
         Message::Compatibility(report) => Ok(report),
         Message::Refused(reason) => anyhow::bail!("the target refuses to check: {reason}"),

@@ -171,7 +171,7 @@ pub enum Message {
     /// Answer to it: the version of the protocol that both speak.
     Welcome(u32),
     /// What the source wants to send.
-    Plan(Plan),
+    Plan(Box<Plan>),
     /// What the target found.
     Compatibility(CompatibilityReport),
     /// The machine is made and waits for its memory.

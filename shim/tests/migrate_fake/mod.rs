@@ -1,6 +1,8 @@
 //! A machine without processors: threads scribble into its memory, and software remembers which pages they wrote.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod proxy;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
