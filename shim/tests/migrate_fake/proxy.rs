@@ -23,6 +23,8 @@ struct State {
     how: Cut,
     /// Messages until the cut.
     left: AtomicU64,
+    /// Only messages of this kind are counted.
+    only: Option<u16>,
     /// Nobody gets through after the cut.
     stay_down: AtomicBool,
     happened: AtomicBool,
@@ -39,12 +41,22 @@ pub struct Proxy {
 
 impl Proxy {
     pub fn start(dir: &Path, to: &Path, how: Cut, at: u64, stay_down: bool) -> Self {
+        Self::start_with(dir, to, how, at, stay_down, None)
+    }
+
+    /// Cuts for good at the first message of a kind.
+    pub fn start_at_kind(dir: &Path, to: &Path, how: Cut, kind: u16) -> Self {
+        Self::start_with(dir, to, how, 0, true, Some(kind))
+    }
+
+    fn start_with(dir: &Path, to: &Path, how: Cut, at: u64, stay_down: bool, only: Option<u16>) -> Self {
         let path = dir.join("proxy.sock");
         let listener = UnixListener::bind(&path).expect("bind");
         let state = Arc::new(State {
             to: to.to_owned(),
             how,
             left: AtomicU64::new(at),
+            only,
             stay_down: AtomicBool::new(stay_down),
             happened: AtomicBool::new(false),
             kind: Mutex::default(),
@@ -104,7 +116,8 @@ impl State {
             message.resize(20 + length as usize, 0);
             from.read_exact(&mut message[20..])?;
             // Signs of life come when they come: they are not counted.
-            let counts = kind != 20 && !self.happened.load(SeqCst);
+            let counts =
+                kind != 20 && self.only.is_none_or(|only| only == kind) && !self.happened.load(SeqCst);
             let cut = counts
                 && self.left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_err()
                 && !self.happened.swap(true, SeqCst);
