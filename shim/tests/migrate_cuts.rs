@@ -28,14 +28,14 @@ fn at_each_message(test: impl Fn(u64) -> Option<u16> + Sync) -> BTreeSet<u16> {
                     let at = next.fetch_add(1, SeqCst);
                     assert!(at < MESSAGES_MAX);
                     match test(at) {
-                        Some(kind) => drop(kinds.lock().unwrap().insert(kind)),
+                        Some(kind) => drop(kinds.lock().expect("nobody panics with it").insert(kind)),
                         None => done.store(true, SeqCst),
                     }
                 }
             });
         }
     });
-    kinds.into_inner().unwrap()
+    kinds.into_inner().expect("nobody panics with it")
 }
 
 /// One migration with a cut. The kind of the message at which it was cut, if it came to that.

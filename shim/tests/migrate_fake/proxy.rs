@@ -81,7 +81,7 @@ impl Proxy {
     }
 
     pub fn kind(&self) -> Option<u16> {
-        *self.state.kind.lock().unwrap()
+        *self.state.kind.lock().expect("nobody panics with it")
     }
 
     pub fn heal(&self) {
@@ -92,7 +92,7 @@ impl Proxy {
 impl State {
     fn admit(self: &Arc<Self>, source: UnixStream, target: UnixStream) {
         {
-            let mut open = self.open.lock().unwrap();
+            let mut open = self.open.lock().expect("nobody panics with it");
             open.push(source.try_clone().expect("clone"));
             open.push(target.try_clone().expect("clone"));
         }
@@ -125,13 +125,13 @@ impl State {
                 to.write_all(&message)?;
                 continue;
             }
-            *self.kind.lock().unwrap() = Some(kind);
+            *self.kind.lock().expect("nobody panics with it") = Some(kind);
             match self.how {
                 Cut::Before => {}
                 Cut::Within => to.write_all(&message[..message.len() / 2])?,
                 Cut::After => to.write_all(&message)?,
             }
-            for stream in self.open.lock().unwrap().drain(..) {
+            for stream in self.open.lock().expect("nobody panics with it").drain(..) {
                 let _ = stream.shutdown(Shutdown::Both);
             }
         }
