@@ -43,6 +43,10 @@ pub struct World {
     pub broken: Mutex<Vec<String>>,
     pub devices_started: AtomicBool,
     pub announced: AtomicBool,
+    /// Memory of the last machine that was made at the target.
+    pub target_ram: Mutex<Option<Arc<GuestRam>>>,
+    /// Pages that restoring the state reads.
+    pub restore_reads: Mutex<Vec<u64>>,
 }
 
 impl World {
@@ -55,6 +59,8 @@ impl World {
             broken: Mutex::default(),
             devices_started: AtomicBool::new(false),
             announced: AtomicBool::new(false),
+            target_ram: Mutex::default(),
+            restore_reads: Mutex::default(),
         })
     }
 
@@ -387,6 +393,9 @@ impl TargetMachine for FakeTarget {
     fn restore(&mut self, state: &MachineState) -> Result<()> {
         self.world.may_fail("restore")?;
         ensure!(state.0 == b"the state", "another state");
+        for page in self.world.restore_reads.lock().expect("nobody panics with it").iter() {
+            self.ram.read_pages(*page, &mut [0; PAGE_BYTES]);
+        }
         self.restored = true;
         Ok(())
     }
@@ -458,6 +467,7 @@ impl TargetHost for FakeHost {
     fn create(&self, description: &Description) -> Result<Box<dyn TargetMachine>> {
         self.world.may_fail("create")?;
         let ram = GuestRam::new(description.memory_bytes, false)?;
+        *self.world.target_ram.lock().expect("nobody panics with it") = Some(ram.clone());
         Ok(Box::new(FakeTarget { world: self.world.clone(), ram, restored: false, took: false }))
     }
 }
