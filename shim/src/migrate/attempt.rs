@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::connection::Connection;
 use super::converge::{self, Convergence, Decision};
 use super::handover::{greet, hello};
+use super::late::LateSource;
 use super::progress::{CancelToken, Observer, Progress, Step};
 use super::record::SourceRecord;
 use super::senders::{Common, Round, Senders};
@@ -50,6 +51,8 @@ impl From<anyhow::Error> for Stop {
 pub(super) struct Copied {
     pub control: Connection,
     pub rounds: u32,
+    /// The pages that it lacks, if it is to run without them.
+    pub late: Option<LateSource>,
 }
 
 /// One attempt.
@@ -81,7 +84,7 @@ impl Attempt<'_> {
         let mut control = greet(self.connector, hello, self.options.patience)?;
         let copied = self.copy_over(&mut control, description);
         match copied {
-            Ok(rounds) => Ok(Copied { control, rounds }),
+            Ok((rounds, late)) => Ok(Copied { control, rounds, late }),
             Err(stop) => {
                 // If it does not get there, the target notices that the connection ends.
                 let _ = control.send(&Message::Abort(match &stop {
@@ -94,7 +97,11 @@ impl Attempt<'_> {
         }
     }
 
-    fn copy_over(&mut self, control: &mut Connection, description: Description) -> Result<u32, Stop> {
+    fn copy_over(
+        &mut self,
+        control: &mut Connection,
+        description: Description,
+    ) -> Result<(u32, Option<LateSource>), Stop> {
         self.create(control, description)?;
         let mut connections = Vec::new();
         for index in 0..self.options.connections {
@@ -105,6 +112,10 @@ impl Attempt<'_> {
                 self.options.patience,
             )?);
         }
+        let faults = match self.options.postcopy {
+            true => Some(greet(self.connector, hello(self.record, Role::Faults, 0), self.options.patience)?),
+            false => None,
+        };
         self.machine.start_logging().context("remember which pages the guest writes")?;
         let common = Common::new(self.machine, self.options.compression, self.options.bandwidth);
         std::thread::scope(|scope| {
@@ -116,14 +127,22 @@ impl Attempt<'_> {
                 common: &common,
                 number: 0,
                 last_seen: None,
+                faults,
+                late: None,
             };
             let copied = rounds.run();
-            match copied {
-                Ok(rounds) => {
-                    senders.finish();
-                    Ok(rounds)
+            let late = rounds.late.take();
+            match (copied, late) {
+                (Ok(rounds), Some(mut late)) => {
+                    late.push_over(senders.finish(), rounds);
+                    Ok((rounds, Some(late)))
                 }
-                Err(stop) => {
+                (Ok(rounds), None) => {
+                    senders.finish();
+                    Ok((rounds, None))
+                }
+                (Err(stop), late) => {
+                    drop(late);
                     senders.abort();
                     Err(stop)
                 }
@@ -133,7 +152,7 @@ impl Attempt<'_> {
 
     fn create(&mut self, control: &mut Connection, machine: Description) -> Result<(), Stop> {
         let (connections, postcopy) = (self.options.connections, self.options.postcopy);
-        control.send(&Message::Plan(Plan { machine, connections, postcopy }))?;
+        control.send(&Message::Plan(Box::new(Plan { machine, connections, postcopy })))?;
         match control.await_message(|| self.still_wanted())? {
             Message::Compatibility(report) if !report.is_compatible() => {
                 return Err(Stop::Incompatible(report));
@@ -182,6 +201,10 @@ struct Rounds<'r, 'a, 'scope> {
     common: &'r Common<'a>,
     number: u32,
     last_seen: Option<Instant>,
+    /// The connection for pages that are waited for, if there is to be one.
+    faults: Option<Connection>,
+    /// The pages that the target is to run without.
+    late: Option<LateSource>,
 }
 
 impl Rounds<'_, '_, '_> {
@@ -189,7 +212,7 @@ impl Rounds<'_, '_, '_> {
         let mut convergence = Convergence::new(self.attempt.options.limits());
         self.attempt.see(Step::InitialCopy);
         let mut set = PageSet::full(self.attempt.machine.ram().pages());
-        loop {
+        let late = loop {
             let begun = Instant::now();
             let before = self.common.counters.data_pages.load(Ordering::Relaxed);
             self.copy(set, true, &convergence)?;
@@ -206,18 +229,18 @@ impl Rounds<'_, '_, '_> {
             match decision {
                 Decision::Copy => {}
                 Decision::Throttle(percent) => self.attempt.machine.throttle(percent),
-                // Until the target can take pages late, the rest is copied while the machine stands still.
-                Decision::Pause | Decision::Postcopy => break,
+                Decision::Pause => break false,
+                Decision::Postcopy => break true,
                 Decision::GiveUp(reason) => return Err(Stop::Failed(anyhow::anyhow!(reason))),
             }
             self.attempt.see(Step::DirtyRounds);
-        }
-        self.finish(set, &convergence)?;
+        };
+        self.finish(set, &convergence, late)?;
         Ok(self.number)
     }
 
-    /// Pauses the machine and sends the rest of it.
-    fn finish(&mut self, mut set: PageSet, convergence: &Convergence) -> Result<(), Stop> {
+    /// Pauses the machine and sends the rest of it, or says which pages are missing.
+    fn finish(&mut self, mut set: PageSet, convergence: &Convergence, late: bool) -> Result<(), Stop> {
         self.attempt.check_cancel()?;
         self.attempt.see(Step::Pause);
         let machine = self.attempt.machine;
@@ -231,7 +254,11 @@ impl Rounds<'_, '_, '_> {
         self.attempt.see(Step::State);
         let last = self.collect_dirty()?;
         set.insert_all(&last);
-        self.copy(set, false, convergence)?;
+        if late {
+            self.leave_behind(&set)?;
+        } else {
+            self.copy(set, false, convergence)?;
+        }
         let (state, beaten) = self.control.while_beating(|| machine.save());
         beaten?;
         let state = state.context("save the state of processors and devices")?.0;
@@ -250,6 +277,21 @@ impl Rounds<'_, '_, '_> {
         match answer? {
             Message::Prepared => Ok(()),
             other => Err(unexpected(&other, "that it is prepared").into()),
+        }
+    }
+
+    /// These pages follow when the machine runs on the target. They are there for who needs them from now on.
+    fn leave_behind(&mut self, missing: &PageSet) -> Result<(), Stop> {
+        let faults = self.faults.take().context("there is no connection for pages that are waited for")?;
+        let mut late = LateSource::new(self.attempt.machine.ram(), self.attempt.options);
+        late.open(missing, faults)?;
+        self.late = Some(late);
+        self.control.send(&Message::Missing(missing.clone()))?;
+        let answer = self.control.await_message(|| self.attempt.still_wanted());
+        self.attempt.check_cancel()?;
+        match answer? {
+            Message::Armed => Ok(()),
+            other => Err(unexpected(&other, "that it waits for missing pages").into()),
         }
     }
 
@@ -331,7 +373,7 @@ fn too_late(elapsed: Duration, round: &Round) -> anyhow::Error {
          auto-converge or post-copy",
         elapsed.as_secs_f64(),
         round.number,
-        round.pages_left() * PAGE_BYTES as u64 >> 20
+        (round.pages_left() * PAGE_BYTES as u64) >> 20
     )
 }
 

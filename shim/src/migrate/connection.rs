@@ -1,6 +1,7 @@
 //! Messages over a stream: whole ones only, and never an endless wait.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -64,6 +65,11 @@ impl Connection {
     /// If the process has no descriptor left.
     pub fn closer(&self) -> Result<Closer> {
         self.stream.closer().context("keep a handle of a connection")
+    }
+
+    /// What to wait on, together with other descriptors, when nothing is left to receive.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.stream.descriptor()
     }
 
     /// Bytes sent so far, headers included.
@@ -255,6 +261,11 @@ impl Connection {
     /// As [`Connection::send`].
     pub fn beat(&mut self) -> Result<()> {
         if self.last_said.elapsed() >= BEAT { self.send(&Message::Alive) } else { Ok(()) }
+    }
+
+    /// Begins to watch a peer that had no reason to say anything so far.
+    pub fn watch_from_now(&mut self) {
+        self.last_heard = Instant::now();
     }
 
     /// Says that this side is there, and checks that the peer was heard of within the time of patience.

@@ -182,7 +182,7 @@ impl Convergence {
                  stop it for {} ms instead of at most {} ms; allow a longer downtime, auto-converge or post-copy",
                 round.number + 1,
                 round.elapsed.as_secs_f64(),
-                round.dirty * PAGE_BYTES as u64 >> 20,
+                (round.dirty * PAGE_BYTES as u64) >> 20,
                 expected.as_millis(),
                 self.limits.downtime.as_millis()
             )),

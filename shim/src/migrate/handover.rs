@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use super::connection::Connection;
 use super::handshake::{SourceInput, SourceState};
+use super::late::{LateSource, RECOVERIES_MAX, RECOVERY_REST};
 use super::progress::CancelToken;
 use super::record::{Place, Records, SourceRecord};
 use super::transport::{Connector, TICK};
@@ -23,6 +24,8 @@ pub(super) struct Handover<'a> {
     pub record: SourceRecord,
     pub connector: &'a Connector,
     pub control: Option<Connection>,
+    /// It is one on which the target was asked who runs the machine.
+    pub asked: bool,
     /// How long a silent peer is waited for.
     pub patience: Duration,
     /// How long the target is looked for after a loss, before the machine stays as it is.
@@ -33,12 +36,21 @@ pub(super) struct Handover<'a> {
     pub troubles: Vec<anyhow::Error>,
     /// When the target said that it runs the machine.
     pub running_at: Option<Instant>,
+    /// Pages that the target needs after that.
+    pub late: Option<LateSource>,
 }
 
 impl Handover<'_> {
-    /// Goes on until nothing is left to do without a person.
+    /// Goes on until nothing is left to do without a person. It ends before [`SourceState::Ending`] if the target still needs
+    /// pages from here and cannot be reached.
     pub fn drive(&mut self, mut state: SourceState) -> SourceState {
         while !state.is_settled() {
+            if state == SourceState::Ending
+                && let Err(error) = self.send_late_pages()
+            {
+                self.troubles.push(error);
+                return state;
+            }
             let input = self.act(state).unwrap_or_else(|error| {
                 let lost = state == SourceState::AwaitingRunning;
                 self.troubles.push(error);
@@ -62,6 +74,7 @@ impl Handover<'_> {
             SourceState::RecordingHere => self.write(Place::Here)?,
             SourceState::Reclaiming => self.reclaim()?,
             SourceState::Resuming => {
+                self.late = None;
                 self.with_machine(|machine| machine.resume()).context("let the machine go on here")?;
             }
             SourceState::RecordingGone => self.write(Place::Gone)?,
@@ -88,6 +101,80 @@ impl Handover<'_> {
         result.map(Some)
     }
 
+    /// The machine runs on the target: sends it the pages that it still needs, also over new connections if need be.
+    fn send_late_pages(&mut self) -> Result<()> {
+        let Some(mut late) = self.late.take() else { return Ok(()) };
+        let mut trouble = None;
+        for recovery in 0..RECOVERIES_MAX {
+            if recovery > 0 {
+                std::thread::sleep(RECOVERY_REST);
+            }
+            match self.try_late_pages(&mut late) {
+                Ok(()) => {
+                    self.late = Some(late);
+                    self.record.postcopy = false;
+                    // Where the machine is was written down; this only spares a question.
+                    let _ = self.records.write_source(&self.record);
+                    return Ok(());
+                }
+                Err(Interrupted::Lost(error)) => {
+                    late.close();
+                    self.control = None;
+                    trouble = Some(error);
+                }
+                Err(Interrupted::ForGood(error)) => {
+                    late.close();
+                    trouble = Some(error);
+                    break;
+                }
+            }
+        }
+        late.close();
+        self.late = Some(late);
+        Err(trouble.unwrap_or_else(|| anyhow::anyhow!("for no reason that was noted")))
+    }
+
+    fn try_late_pages(&mut self, late: &mut LateSource) -> Result<(), Interrupted> {
+        // A connection that came later than those for pages means that those are old.
+        if !late.is_open() || self.control.is_none() || self.asked {
+            late.close();
+            if self.control.is_none() || !self.asked {
+                self.control = None;
+                match self.ask().map_err(Interrupted::ForGood)? {
+                    SourceInput::Status(TargetStatus::Running) => {}
+                    other => {
+                        let error = anyhow::anyhow!("the target ran the machine, and says {other:?} now");
+                        return Err(Interrupted::ForGood(error));
+                    }
+                }
+            }
+            self.asked = false;
+            if self.reopen(late).map_err(Interrupted::Lost)? {
+                return Ok(());
+            }
+        }
+        let control = self.control.as_mut().context("the connection was lost").map_err(Interrupted::Lost)?;
+        late.send_rest(control).map_err(Interrupted::Lost)
+    }
+
+    /// Asks which pages are still missing, and makes connections for them. Whether none is.
+    fn reopen(&mut self, late: &mut LateSource) -> Result<bool> {
+        let control = self.control.as_mut().context("the connection was lost")?;
+        let missing = match control.await_message(|| Ok(()))? {
+            Message::StillMissing(missing) => missing,
+            Message::Complete => return Ok(true),
+            other => bail!("the target sent a {} message instead of what it still needs", other.name()),
+        };
+        let mut connections = Vec::new();
+        for index in 0..late.connections {
+            connections.push(greet(self.connector, hello(&self.record, Role::Pages, index), self.patience)?);
+        }
+        let faults = greet(self.connector, hello(&self.record, Role::Faults, 0), self.patience)?;
+        late.open(&missing, faults)?;
+        late.push_over(connections, 0);
+        Ok(false)
+    }
+
     fn release(&mut self) -> Result<()> {
         let handover =
             self.with_machine(|machine| machine.release_storage()).context("give the storage away")?;
@@ -96,6 +183,7 @@ impl Handover<'_> {
     }
 
     fn reclaim(&mut self) -> Result<()> {
+        self.late = None;
         // Whatever comes now, this connection has nothing more to say.
         if let Some(mut control) = self.control.take() {
             // The target finds out by itself as well.
@@ -142,7 +230,7 @@ impl Handover<'_> {
         loop {
             match self.ask_once() {
                 Ok((control, status)) => {
-                    self.control = Some(control);
+                    (self.control, self.asked) = (Some(control), true);
                     if matches!(status, TargetStatus::Refused | TargetStatus::Discarded) {
                         self.troubles
                             .push(anyhow::anyhow!("the target says that it will not run the machine"));
@@ -172,6 +260,14 @@ impl Handover<'_> {
         let mut control = greet(self.connector, hello, self.patience)?;
         control.send(&Message::Ask)?;
         match control.await_message(|| Ok(()))? {
+            Message::Status(TargetStatus::Prepared) if self.machine.is_none() && self.record.postcopy => {
+                // The pages that it lacks died with the process that had them: it must not run.
+                control.send(&Message::Abort("the source has died, and pages with it".into()))?;
+                match control.await_message(|| Ok(()))? {
+                    Message::Status(status) => Ok((control, status)),
+                    other => bail!("the target answered with a {} message", other.name()),
+                }
+            }
             Message::Status(status) => Ok((control, status)),
             Message::Running => Ok((control, TargetStatus::Running)),
             Message::Refused(reason) => bail!("the target refuses to answer: {reason}"),
@@ -190,6 +286,14 @@ impl Handover<'_> {
             let _ = control.send(&Message::Gone);
         }
     }
+}
+
+/// Why pages could not be sent after the machine ran on the target.
+enum Interrupted {
+    /// The connection was lost, and may come back.
+    Lost(anyhow::Error),
+    /// The target was looked for long enough.
+    ForGood(anyhow::Error),
 }
 
 /// The first message of a connection of an attempt.

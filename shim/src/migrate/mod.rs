@@ -9,6 +9,7 @@
 //! | [`record`] | what each side remembers across its death |
 //! | [`source`], `attempt`, `senders`, `handover` | the source: all of it, copying, its threads, giving away |
 //! | [`target`], `door`, `session`, `receivers` | the target: all of it, who comes in, one attempt, its threads |
+//! | [`postcopy`], `userfault`, `late`, `late_session` | running before all pages are there: both sides of it |
 //! | [`progress`] | what is seen of it |
 
 mod attempt;
@@ -18,16 +19,20 @@ pub mod converge;
 mod door;
 mod handover;
 pub mod handshake;
+mod late;
+mod late_session;
 pub mod postcopy;
 pub mod progress;
 mod receivers;
 pub mod record;
 mod senders;
 mod session;
+mod shared_set;
 pub mod source;
 pub mod target;
 mod tls;
 pub mod transport;
+mod userfault;
 pub mod wire;
 
 pub use batch::Compression;

@@ -1,15 +1,16 @@
 //! The threads of the target that put arriving pages into its memory, one for each connection.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::batch::Unpacker;
+use super::batch::{Batch, Unpacker};
 use super::connection::{Connection, Parcel};
+use super::postcopy::Late;
 use super::transport::{Closer, TICK};
 use super::wire::{Message, RoundEnd};
 use crate::memory::GuestRam;
@@ -25,6 +26,35 @@ pub(super) enum Event {
     Failed(anyhow::Error),
 }
 
+/// Where pages go: into a memory that nobody uses, until it becomes one that is used before all pages are there.
+pub(super) struct Sink {
+    ram: Arc<GuestRam>,
+    late: OnceLock<Arc<Late>>,
+}
+
+impl Sink {
+    /// Into a memory that nobody uses.
+    pub fn new(ram: Arc<GuestRam>) -> Arc<Self> {
+        Arc::new(Self { ram, late: OnceLock::new() })
+    }
+
+    /// From here on pages may be waited for. No pages are arriving at the moment.
+    pub fn become_late(&self, late: Arc<Late>) -> Result<()> {
+        ensure!(self.late.set(late).is_ok(), "the source named the missing pages twice");
+        Ok(())
+    }
+
+    fn apply(&self, batch: &Batch<'_>) -> Result<()> {
+        match self.late.get() {
+            Some(late) => late.apply(batch),
+            None => {
+                batch.apply(&self.ram);
+                Ok(())
+            }
+        }
+    }
+}
+
 /// The threads. They end when this is dropped.
 pub(super) struct Receivers {
     events: Receiver<Event>,
@@ -36,16 +66,16 @@ pub(super) struct Receivers {
 
 impl Receivers {
     /// One thread for each connection.
-    pub fn start(connections: Vec<Connection>, ram: &Arc<GuestRam>) -> Result<Self> {
+    pub fn start(connections: Vec<Connection>, sink: &Arc<Sink>) -> Result<Self> {
         let (sender, events) = sync_channel(connections.len() * EVENTS_PER_THREAD);
         let (stop, pages) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut receivers = Self { events, closers: Vec::new(), threads: Vec::new(), stop, pages };
         for connection in connections {
             receivers.closers.push(connection.closer()?);
             let (stop, events) = (receivers.stop.clone(), sender.clone());
-            let (ram, pages) = (ram.clone(), receivers.pages.clone());
+            let (sink, pages) = (sink.clone(), receivers.pages.clone());
             let thread = std::thread::Builder::new().name("migrate-pages".into()).spawn(move || {
-                if let Err(error) = run(connection, &ram, &pages, &events, &stop) {
+                if let Err(error) = run(connection, &sink, &pages, &events, &stop) {
                     // Who does not listen any more has ended the attempt.
                     let _ = events.try_send(Event::Failed(error));
                 }
@@ -85,7 +115,7 @@ impl Drop for Receivers {
 
 fn run(
     mut connection: Connection,
-    ram: &GuestRam,
+    sink: &Sink,
     pages: &AtomicU64,
     events: &SyncSender<Event>,
     stop: &AtomicBool,
@@ -93,7 +123,7 @@ fn run(
     let mut unpacker = Unpacker::new();
     let mut seen = RoundEnd { round: 0, batches: 0, pages: 0 };
     while !stop.load(Ordering::Relaxed) {
-        match connection.receive_parcel(TICK, ram.pages(), &mut unpacker)? {
+        match connection.receive_parcel(TICK, sink.ram.pages(), &mut unpacker)? {
             None => {}
             Some(Parcel::Pages(batch)) => {
                 ensure!(
@@ -102,7 +132,7 @@ fn run(
                     batch.round,
                     seen.round
                 );
-                batch.apply(ram);
+                sink.apply(&batch)?;
                 seen.batches += 1;
                 seen.pages += batch.pages();
                 pages.fetch_add(batch.pages(), Ordering::Relaxed);

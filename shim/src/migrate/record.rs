@@ -46,6 +46,9 @@ pub struct SourceRecord {
     pub place: Place,
     /// Address of the target.
     pub to: String,
+    /// The target was to run it before all pages were there, and may still need pages from here.
+    #[serde(default)]
+    pub postcopy: bool,
     /// What was handed over with the storage.
     #[serde(with = "hex")]
     pub handover: Vec<u8>,
@@ -259,6 +262,7 @@ mod tests {
             secret: "s".into(),
             place: Place::HandedOver,
             to: "unix:/x".into(),
+            postcopy: false,
             handover: vec![0, 255, 16],
         }
     }

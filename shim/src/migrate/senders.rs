@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::batch::{BatchBuilder, Compression, Packer};
 use super::connection::Connection;
+use super::shared_set::SharedSet;
 use super::transport::{Closer, TICK};
 use super::wire::{Message, RoundEnd};
 use crate::machine::SourceMachine;
@@ -67,38 +68,19 @@ pub(super) struct Counters {
     pub wire_bytes: AtomicU64,
 }
 
-/// A set of pages that several threads change.
-struct SharedSet(Vec<AtomicU64>);
-
-impl SharedSet {
-    fn new(pages: u64) -> Self {
-        Self((0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect())
-    }
-
-    fn insert(&self, page: u64) {
-        self.0[(page / 64) as usize].fetch_or(1 << (page % 64), Ordering::Relaxed);
-    }
-
-    /// Takes a page out; whether it was in.
-    fn remove(&self, page: u64) -> bool {
-        let bit = 1 << (page % 64);
-        self.0[(page / 64) as usize].fetch_and(!bit, Ordering::Relaxed) & bit != 0
-    }
-}
-
 /// Keeps all connections together below a number of bytes per second.
-struct Bandwidth {
+pub(super) struct Bandwidth {
     bytes_per_second: Option<u64>,
     free_at: Mutex<Instant>,
 }
 
 impl Bandwidth {
-    fn new(bytes_per_second: Option<u64>) -> Self {
+    pub fn new(bytes_per_second: Option<u64>) -> Self {
         Self { bytes_per_second, free_at: Mutex::new(Instant::now()) }
     }
 
     /// Waits for as long as sending so many bytes has to last.
-    fn pay(&self, bytes: u64, stop: &AtomicBool) {
+    pub fn pay(&self, bytes: u64, stop: &AtomicBool) {
         let Some(rate) = self.bytes_per_second else { return };
         let cost = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
         let until = {
@@ -319,7 +301,7 @@ impl Sender<'_, '_> {
 
 /// Which of the pages from `first` on have memory behind them. The others are zero, and reading them would take memory from
 /// the host for nothing. A page written meanwhile may be missing here: it is reported as written.
-fn present_pages(ram: &GuestRam, first: u64, words: usize) -> Vec<u64> {
+pub(super) fn present_pages(ram: &GuestRam, first: u64, words: usize) -> Vec<u64> {
     let mut present = vec![0u64; words];
     let end = (first + words as u64 * 64).min(ram.pages()) * PAGE_BYTES as u64;
     let mut at = first * PAGE_BYTES as u64;

@@ -1,6 +1,7 @@
 //! The target's part of one attempt.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -8,13 +9,16 @@ use anyhow::{Context, Result, bail, ensure};
 use super::connection::Connection;
 use super::door::{Door, Guest};
 use super::handshake::{TargetInput, TargetState};
-use super::receivers::{Event, Receivers};
+use super::late_session::LateParts;
+use super::postcopy::{FaultThread, Late};
+use super::receivers::{Event, Receivers, Sink};
 use super::record::{RECORD_VERSION, Records, TargetRecord};
 use super::senders::CONNECTIONS_MAX;
 use super::target::{ReceiveOptions, Received, TargetEvent, TargetObserver};
 use super::transport::{CONNECT_TIMEOUT, TICK};
+use super::userfault::Userfault;
 use super::wire::{Hello, Message, Plan, Role, RoundEnd, TargetStatus};
-use crate::machine::{MachineState, TargetHost, TargetMachine};
+use crate::machine::{Finding, MachineState, TargetHost, TargetMachine};
 
 /// How an attempt ended.
 pub(super) enum Ended {
@@ -24,16 +28,21 @@ pub(super) enum Ended {
     Not(anyhow::Error),
 }
 
+/// A memory with missing pages, and who asks for them.
+pub(super) type Armed = (Arc<Late>, FaultThread);
+
 /// One attempt.
 pub(super) struct Session<'a> {
     hello: Hello,
-    control: Option<Connection>,
+    pub(super) control: Option<Connection>,
     host: &'a dyn TargetHost,
-    options: &'a ReceiveOptions,
+    pub(super) options: &'a ReceiveOptions,
     records: &'a Records,
-    events: TargetObserver<'a>,
+    pub(super) events: TargetObserver<'a>,
     plan: Option<Plan>,
-    machine: Option<Box<dyn TargetMachine>>,
+    pub(super) machine: Option<Box<dyn TargetMachine>>,
+    /// What brings the pages that the machine is to run without.
+    pub(super) late: Option<LateParts>,
     handover: Vec<u8>,
     /// Why the machine does not run here.
     reason: Option<anyhow::Error>,
@@ -59,6 +68,7 @@ impl<'a> Session<'a> {
             events,
             plan: None,
             machine: None,
+            late: None,
             handover: Vec::new(),
             reason: None,
             taken: false,
@@ -72,7 +82,7 @@ impl<'a> Session<'a> {
             Err(error) => {
                 self.reason = Some(error);
                 // Nothing was written down yet, and what this process does not finish nobody runs.
-                self.machine = None;
+                self.drop_machine();
                 self.refuse();
                 TargetState::Discarded
             }
@@ -87,23 +97,34 @@ impl<'a> Session<'a> {
                 self.say(status);
             }
         }
-        self.end(state)
+        self.end(state, door)
     }
 
-    fn end(mut self, state: TargetState) -> Ended {
+    fn end(mut self, state: TargetState, door: &mut Door) -> Ended {
+        let mut postcopy = None;
+        if state == TargetState::Running {
+            self.announce();
+            match self.finish_late(door) {
+                Ok(report) => postcopy = report,
+                Err(error) => return Ended::Not(error.context("the machine ran here, and is lost")),
+            }
+        }
         let (machine, plan) = (self.machine.take(), self.plan.take());
         match (state, machine, plan) {
-            (TargetState::Running, Some(mut machine), Some(plan)) => {
-                if let Err(error) = machine.announce() {
-                    tracing::warn!("the network was not told where the machine is now: {error:#}");
-                }
-                (self.events)(&TargetEvent::Announced);
+            (TargetState::Running, Some(machine), Some(plan)) => {
                 let migration = self.hello.migration;
-                let received = Received { machine, description: plan.machine, migration, postcopy: None };
+                let received = Received { machine, description: plan.machine, migration, postcopy };
                 Ended::Running(Box::new(received), self.control)
             }
             _ => Ended::Not(self.reason.take().unwrap_or_else(|| anyhow::anyhow!("the source gave up"))),
         }
+    }
+
+    fn announce(&mut self) {
+        if let Err(error) = self.with_machine(|machine| machine.announce()) {
+            tracing::warn!("the network was not told where the machine is now: {error:#}");
+        }
+        (self.events)(&TargetEvent::Announced);
     }
 
     /// Tells the source why it is over, in a way that gets there.
@@ -148,7 +169,7 @@ impl<'a> Session<'a> {
             TargetState::Returning => self.return_storage()?,
             TargetState::RecordingRefused => self.write(TargetStatus::Refused)?,
             TargetState::RecordingDiscarded => {
-                self.machine = None;
+                self.drop_machine();
                 self.write(TargetStatus::Discarded)?;
             }
             TargetState::Receiving | TargetState::Running | TargetState::Refused | TargetState::Discarded => {
@@ -169,7 +190,7 @@ impl<'a> Session<'a> {
     }
 
     /// Something on the machine, while the source is told that this side is there.
-    fn with_machine<T: Send>(
+    pub(super) fn with_machine<T: Send>(
         &mut self,
         work: impl FnOnce(&mut dyn TargetMachine) -> Result<T> + Send,
     ) -> Result<T> {
@@ -182,7 +203,16 @@ impl<'a> Session<'a> {
         result
     }
 
+    /// Ends the machine here. Nobody is left waiting for a page: that would keep it from ending.
+    fn drop_machine(&mut self) {
+        self.late = None;
+        self.machine = None;
+    }
+
     fn take_storage(&mut self) -> Result<()> {
+        if let Some(parts) = &self.late {
+            parts.late.commit()?;
+        }
         // Also if it fails: it may have been taken in part.
         self.taken = true;
         let handover = std::mem::take(&mut self.handover);
@@ -191,6 +221,9 @@ impl<'a> Session<'a> {
 
     fn resume(&mut self) -> Result<()> {
         self.with_machine(|machine| machine.resume()).context("let the machine run here")?;
+        if self.late.is_some() {
+            return Ok(());
+        }
         // From here on it runs: what fails now is the machine's trouble, not the migration's.
         if let Err(error) = self.with_machine(|machine| machine.start_devices()) {
             tracing::error!("the machine runs here, but not all of its devices: {error:#}");
@@ -202,7 +235,7 @@ impl<'a> Session<'a> {
         let returned =
             if self.taken { self.with_machine(|machine| machine.return_storage()) } else { Ok(()) };
         // The source is told only when nothing here can touch the storage any more.
-        self.machine = None;
+        self.drop_machine();
         returned.context("give the storage back")
     }
 
@@ -251,7 +284,7 @@ impl<'a> Session<'a> {
             self.control = guest.welcome().is_ok().then_some(guest.connection);
             return None;
         }
-        if guest.hello.role == Role::Control && guest.hello.given_up == Some(self.hello.migration) {
+        if self.is_given_up(&guest.hello) {
             // The source has gone on with the machine, and tries anew.
             self.reason = Some(anyhow::anyhow!("the source gave this attempt up and begins another"));
             self.control = None;
@@ -266,11 +299,16 @@ impl<'a> Session<'a> {
         None
     }
 
-    fn is_mine(&self, hello: &Hello) -> bool {
+    pub(super) fn is_mine(&self, hello: &Hello) -> bool {
         let (a, b) = (hello.secret.as_bytes(), self.hello.secret.as_bytes());
         // In a time that says nothing about where they differ.
         let same = a.len() == b.len() && a.iter().zip(b).fold(0, |any, (a, b)| any | (a ^ b)) == 0;
         hello.migration == self.hello.migration && same
+    }
+
+    /// Whether this is the source of this attempt, which begins another.
+    fn is_given_up(&self, hello: &Hello) -> bool {
+        hello.role == Role::Control && hello.given_up == Some(self.hello.migration)
     }
 
     /// Takes everything that the source sends. Nothing of it runs.
@@ -284,21 +322,25 @@ impl<'a> Session<'a> {
         let version = self.hello.protocol_max.min(super::wire::PROTOCOL_MAX);
         self.control()?.send(&Message::Welcome(version))?;
         self.make()?;
-        let connections = self.page_connections(door)?;
+        let (connections, faults) = self.page_connections(door)?;
         let ram = self.machine.as_ref().context("the machine is not there")?.ram().clone();
-        let receivers = Receivers::start(connections, &ram)?;
-        let state = self.rounds(door, &receivers)?;
+        let sink = Sink::new(ram);
+        let receivers = Receivers::start(connections, &sink)?;
+        let (state, late) = self.rounds(door, &receivers, &sink, faults)?;
+        if let Some((late, faults)) = late {
+            self.keep_late(late, sink, receivers, faults);
+        }
         self.with_machine(move |machine| machine.restore(&MachineState(state)))
             .context("take over the state of processors and devices")
     }
 
-    fn control(&mut self) -> Result<&mut Connection> {
+    pub(super) fn control(&mut self) -> Result<&mut Connection> {
         self.control.as_mut().context("the source was lost")
     }
 
     fn make(&mut self) -> Result<()> {
         let plan = match self.control()?.await_message(|| Ok(()))? {
-            Message::Plan(plan) => plan,
+            Message::Plan(plan) => *plan,
             other => return Err(unexpected(&other)),
         };
         ensure!(
@@ -306,9 +348,12 @@ impl<'a> Session<'a> {
             "the source wants {} connections, 1 to {CONNECTIONS_MAX} are possible",
             plan.connections
         );
-        let description = plan.machine.clone();
+        let (description, postcopy) = (plan.machine.clone(), plan.postcopy);
         self.plan = Some(plan);
-        let report = self.host.check(&description);
+        let mut report = self.host.check(&description);
+        if postcopy {
+            report.findings.extend(no_postcopy(description.huge_pages));
+        }
         self.control()?.send(&Message::Compatibility(report.clone()))?;
         let (machine, compatible) = (description.name.clone(), report.is_compatible());
         (self.events)(&TargetEvent::Checked { machine: machine.clone(), report });
@@ -330,11 +375,15 @@ impl<'a> Session<'a> {
     }
 
     /// Waits for the connections that pages are going to come over.
-    fn page_connections(&mut self, door: &mut Door) -> Result<Vec<Connection>> {
-        let count = self.plan.as_ref().map_or(1, |plan| plan.connections);
-        let mut found = BTreeMap::new();
-        let until = Instant::now() + CONNECT_TIMEOUT * count;
-        while found.len() < count as usize {
+    pub(super) fn page_connections(
+        &mut self,
+        door: &mut Door,
+    ) -> Result<(Vec<Connection>, Option<Connection>)> {
+        let (count, postcopy) =
+            self.plan.as_ref().map_or((1, false), |plan| (plan.connections, plan.postcopy));
+        let (mut found, mut faults) = (BTreeMap::new(), None);
+        let until = Instant::now() + CONNECT_TIMEOUT * (count + 1);
+        while found.len() < count as usize || (postcopy && faults.is_none()) {
             ensure!(
                 Instant::now() < until,
                 "only {} of the source's {count} connections for pages came",
@@ -345,16 +394,24 @@ impl<'a> Session<'a> {
                 self.listen(Duration::ZERO)?.map_or(Ok(()), |message| Err(unexpected(&message)))?;
                 continue;
             };
-            let index = guest.hello.index;
-            let fits = guest.hello.role == Role::Pages && index < count && !found.contains_key(&index);
-            if fits && self.is_mine(&guest.hello) {
-                guest.welcome()?;
+            let (role, index) = (guest.hello.role, guest.hello.index);
+            let fits = match role {
+                Role::Pages => index < count && !found.contains_key(&index),
+                Role::Faults => postcopy && faults.is_none(),
+                _ => false,
+            };
+            if !fits || !self.is_mine(&guest.hello) {
+                self.visit_receiving(guest, door)?;
+                continue;
+            }
+            guest.welcome()?;
+            if role == Role::Pages {
                 found.insert(index, guest.connection);
             } else {
-                self.visit_receiving(guest, door)?;
+                faults = Some(guest.connection);
             }
         }
-        Ok(found.into_values().collect())
+        Ok((found.into_values().collect(), faults))
     }
 
     /// What the source says within `wait`, as long as it lives.
@@ -364,18 +421,25 @@ impl<'a> Session<'a> {
 
     /// Somebody comes while a machine is received.
     fn visit_receiving(&self, guest: Guest, door: &mut Door) -> Result<()> {
-        if guest.hello.role == Role::Resolve && self.is_mine(&guest.hello) {
-            // It would not ask if its connection were alive. It is answered when this attempt is over.
+        let asks = guest.hello.role == Role::Resolve && self.is_mine(&guest.hello);
+        if asks || self.is_given_up(&guest.hello) {
+            // It would not come if its old connection were alive. It is served when this attempt is over.
             door.hold(guest);
-            bail!("the source lost its connection and asks who runs the machine");
+            bail!("the source lost its connection and comes with another");
         }
         guest.refuse("another migration to this target is under way: wait for its end");
         Ok(())
     }
 
     /// The rounds of pages, up to the state of processors and devices.
-    fn rounds(&mut self, door: &mut Door, receivers: &Receivers) -> Result<Vec<u8>> {
-        let mut next = 0;
+    fn rounds(
+        &mut self,
+        door: &mut Door,
+        receivers: &Receivers,
+        sink: &Arc<Sink>,
+        mut faults: Option<Connection>,
+    ) -> Result<(Vec<u8>, Option<Armed>)> {
+        let (mut next, mut late) = (0, None);
         loop {
             // A guest first: a source that asks anew has lost the connection that is listened to here.
             if let Some(guest) = door.wait(Duration::ZERO)? {
@@ -383,14 +447,17 @@ impl<'a> Session<'a> {
             }
             match self.listen(TICK)? {
                 None => {}
-                Some(Message::RoundBegin(round)) if round == next => {
+                Some(Message::RoundBegin(round)) if round == next && late.is_none() => {
                     let end = self.round(round, door, receivers)?;
                     self.control()?.send(&Message::RoundReceived(end))?;
                     (self.events)(&TargetEvent::RoundReceived { round, pages: receivers.pages() });
                     next += 1;
                 }
                 Some(Message::Paused) => (self.events)(&TargetEvent::SourcePaused),
-                Some(Message::State(state)) if next > 0 => return Ok(state),
+                Some(Message::Missing(missing)) if next > 0 && late.is_none() => {
+                    late = Some(self.arm(&missing, sink, faults.take())?);
+                }
+                Some(Message::State(state)) if next > 0 => return Ok((state, late)),
                 Some(other) => return Err(unexpected(&other)),
             }
         }
@@ -422,8 +489,24 @@ impl<'a> Session<'a> {
     }
 }
 
+/// What keeps this host from running a machine before all its pages are there.
+fn no_postcopy(huge_pages: bool) -> Option<Finding> {
+    let (found, message) = match Userfault::new() {
+        Err(error) => (
+            format!("{error:#}"),
+            format!("this host cannot do post-copy: {error:#}; move the machine without it"),
+        ),
+        Ok(_) if huge_pages => (
+            "memory in huge pages".to_owned(),
+            "post-copy does not work with huge pages: move the machine without it".to_owned(),
+        ),
+        Ok(_) => return None,
+    };
+    Some(Finding { kind: "capability".into(), fatal: true, needed: "userfaultfd".into(), found, message })
+}
+
 /// What the peer says within `wait`, as long as it lives.
-fn listen(control: &mut Connection, wait: Duration) -> Result<Option<Message>> {
+pub(super) fn listen(control: &mut Connection, wait: Duration) -> Result<Option<Message>> {
     let message = control.receive(wait)?;
     if message.is_none() {
         control.watch()?;
@@ -432,7 +515,7 @@ fn listen(control: &mut Connection, wait: Duration) -> Result<Option<Message>> {
 }
 
 /// What the source said where it does not belong.
-fn unexpected(message: &Message) -> anyhow::Error {
+pub(super) fn unexpected(message: &Message) -> anyhow::Error {
     match message {
         Message::Abort(reason) => anyhow::anyhow!("the source gave up: {reason}"),
         other => anyhow::anyhow!("the source sent a {} message where it does not belong", other.name()),

@@ -13,6 +13,7 @@ use super::connection::Connection;
 use super::converge::{Limits, OnTimeout};
 use super::handover::{Handover, greet, hello};
 use super::handshake::{Pending, SourceInput, SourceState};
+use super::late::LateSource;
 use super::progress::{CancelToken, Observer, Progress};
 use super::record::{Place, RECORD_VERSION, Records, SourceRecord};
 use super::senders::CONNECTIONS_MAX;
@@ -167,7 +168,7 @@ pub fn check(description: &Description, options: &SendOptions) -> Result<Compati
     let mut control = greet(&connector, hello(&record, Role::Check, 0), options.patience)?;
     let plan =
         Plan { machine: description.clone(), connections: options.connections, postcopy: options.postcopy };
-    control.send(&Message::Plan(plan))?;
+    control.send(&Message::Plan(Box::new(plan)))?;
     match control.await_message(|| Ok(()))? {
         Message::Compatibility(report) => Ok(report),
         Message::Refused(reason) => anyhow::bail!("the target refuses to check: {reason}"),
@@ -184,6 +185,7 @@ fn new_record(machine: &str, options: &SendOptions) -> SourceRecord {
         place: Place::Here,
         to: options.to.to_string(),
         handover: Vec::new(),
+        postcopy: false,
     }
 }
 
@@ -222,16 +224,20 @@ pub fn send(
         record: record.clone(),
         connector: &connector,
         control: None,
+        asked: false,
         patience: options.patience,
         reconnect: options.reconnect,
         cancel,
         troubles: Vec::new(),
         running_at: None,
+        late: None,
     };
     let mut ending = Ending { handover: &mut handover, seen, paused_at, begun, progress, rounds: 0 };
     match copied {
         Ok(copied) => {
             ending.rounds = copied.rounds;
+            ending.handover.record.postcopy = copied.late.is_some();
+            ending.handover.late = copied.late;
             ending.hand_over(copied.control)
         }
         Err(stop) => ending.go_on_here(stop, state_sent),
@@ -252,6 +258,10 @@ fn prepare(machine: &dyn SourceMachine, options: &SendOptions) -> Result<Prepare
             last.to
         );
     }
+    ensure!(
+        !(options.postcopy && machine.ram().huge_pages()),
+        "post-copy does not work with huge pages: move {name} without it"
+    );
     let connector = Connector::new(options.to.clone(), &options.security)?;
     let record = new_record(&name, options);
     records.write_source(&record)?;
@@ -281,6 +291,7 @@ impl Ending<'_, '_> {
         match state {
             SourceState::Gone => Ok(self.report()),
             SourceState::Unresolved(_) => Err(SendError::Unresolved(self.trouble())),
+            SourceState::Ending => Err(SendError::PostcopyInterrupted(self.trouble())),
             _ => {
                 let tidied = self.tidy();
                 let trouble = self.trouble();
@@ -302,7 +313,7 @@ impl Ending<'_, '_> {
             migration: self.handover.record.migration,
             progress: self.seen.clone(),
             rounds: self.rounds,
-            postcopy: None,
+            postcopy: self.handover.late.as_ref().map(LateSource::report),
         }
     }
 
@@ -391,29 +402,34 @@ pub fn resolve(
         Ok((records, record, Connector::new(options.to.clone(), &options.security)?))
     };
     let (records, record, connector) = begin().map_err(SendError::Unresolved)?;
-    let pending = match record.place {
-        Place::Gone => return Ok(Resolved::Gone),
-        Place::HandedOver => Pending::Ask,
-        // The target's answer was written down; what came after it did not work.
-        Place::Here => Pending::Reclaim,
+    let retry = match how {
+        Resolve::Ask => SourceInput::Retry,
+        Resolve::ForceHere => SourceInput::ForceHere,
     };
+    let state = match record.place {
+        // Pages that the target needs are still here.
+        Place::Gone if record.postcopy && machine.is_some() => SourceState::Ending,
+        Place::Gone => return Ok(Resolved::Gone),
+        Place::HandedOver => SourceState::Unresolved(Pending::Ask).after(retry),
+        // The target's answer was written down; what came after it did not work.
+        Place::Here => SourceState::Unresolved(Pending::Reclaim).after(retry),
+    };
+    let late = machine.filter(|_| record.postcopy).map(|machine| LateSource::new(machine.ram(), options));
     let mut handover = Handover {
         machine,
         records: &records,
         record,
         connector: &connector,
         control: None,
+        asked: false,
         patience: options.patience,
         reconnect: options.reconnect,
         cancel,
         troubles: Vec::new(),
         running_at: None,
+        late,
     };
-    let input = match how {
-        Resolve::Ask => SourceInput::Retry,
-        Resolve::ForceHere => SourceInput::ForceHere,
-    };
-    let state = handover.drive(SourceState::Unresolved(pending).after(input));
+    let state = handover.drive(state);
     let progress: Observer<'_> = &|_| {};
     let pages = machine.map_or(0, |machine| machine.ram().pages());
     let seen = Progress::new(pages);
@@ -422,6 +438,7 @@ pub fn resolve(
     match state {
         SourceState::Gone => Ok(Resolved::Gone),
         SourceState::Here => ending.tidy().map(|()| Resolved::Here).map_err(SendError::Failed),
+        SourceState::Ending => Err(SendError::PostcopyInterrupted(ending.trouble())),
         _ => Err(SendError::Unresolved(ending.trouble())),
     }
 }

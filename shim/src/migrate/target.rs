@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::door::{Door, Guest};
+use super::postcopy::FaultReport;
 use super::progress::CancelToken;
 use super::record::{RECORD_VERSION, Records, TargetRecord};
 use super::session::{Ended, Session};
@@ -73,6 +74,11 @@ pub enum TargetEvent {
     Running,
     /// The network was told.
     Announced,
+    /// All pages are here, of a machine that began to run before.
+    PagesComplete {
+        /// How its processors waited for them.
+        report: FaultReport,
+    },
     /// The attempt is over, and the machine does not run here. The next may come.
     Failed {
         /// Why.
@@ -92,7 +98,7 @@ pub struct Received {
     /// The attempt.
     pub migration: MigrationId,
     /// How the pages that its processors waited for were served, if it ran before all were here.
-    pub postcopy: Option<super::postcopy::FaultReport>,
+    pub postcopy: Option<FaultReport>,
 }
 
 /// Waits for a machine until one runs. Attempts that fail are told to `events`, and the next is waited for. `None`: told to
@@ -122,7 +128,8 @@ pub fn receive(
                 let session = Session::begin(guest, host, options, &records, events);
                 match session.run(&mut door) {
                     Ended::Running(received, control) => {
-                        see_off(door, records, received.migration, control);
+                        let late = received.postcopy.is_some();
+                        see_off(door, records, received.migration, control, late);
                         return Ok(Some(*received));
                     }
                     Ended::Not(error) => {
@@ -216,6 +223,7 @@ fn see_off(
     records: Records,
     migration: MigrationId,
     mut control: Option<super::connection::Connection>,
+    late: bool,
 ) {
     let answer = move || {
         loop {
@@ -223,7 +231,9 @@ fn see_off(
                 let said = connection.receive(TICK).and_then(|message| match message {
                     Some(Message::Gone) => Ok(true),
                     Some(Message::Ask | Message::Commit(_) | Message::Abort(_)) => {
-                        connection.send(&Message::Status(TargetStatus::Running)).map(|()| false)
+                        connection.send(&Message::Status(TargetStatus::Running))?;
+                        // A source that still kept pages does not know that they are needed no more.
+                        if late { connection.send(&Message::Complete).map(|()| false) } else { Ok(false) }
                     }
                     Some(other) => anyhow::bail!("a {} message after the machine ran", other.name()),
                     None => connection.beat().map(|()| false),

@@ -111,6 +111,9 @@ pub trait Stream: Read + Write + Send {
     /// If the process has no descriptor left.
     fn closer(&self) -> io::Result<Closer>;
 
+    /// What to wait on, together with other descriptors, after [`Stream::readable`] has said no.
+    fn descriptor(&self) -> BorrowedFd<'_>;
+
     /// Whether something can be read at once, or within `wait`.
     ///
     /// # Errors
@@ -220,6 +223,10 @@ impl Stream for Socket {
         self.as_fd().try_clone_to_owned().map(Closer)
     }
 
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.as_fd()
+    }
+
     fn readable(&self, wait: Duration) -> io::Result<bool> {
         let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
         // Rounded up: a wait below a millisecond is not to become a busy loop.
@@ -237,6 +244,10 @@ impl Stream for StreamOwned<ClientConnection, Socket> {
         self.sock.closer()
     }
 
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.sock.as_fd()
+    }
+
     fn readable(&self, wait: Duration) -> io::Result<bool> {
         // What was decrypted already waits within the session.
         if !self.conn.wants_read() { Ok(true) } else { self.sock.readable(wait) }
@@ -246,6 +257,10 @@ impl Stream for StreamOwned<ClientConnection, Socket> {
 impl Stream for StreamOwned<ServerConnection, Socket> {
     fn closer(&self) -> io::Result<Closer> {
         self.sock.closer()
+    }
+
+    fn descriptor(&self) -> BorrowedFd<'_> {
+        self.sock.as_fd()
     }
 
     fn readable(&self, wait: Duration) -> io::Result<bool> {

@@ -171,7 +171,7 @@ pub enum Message {
     /// Answer to it: the version of the protocol that both speak.
     Welcome(u32),
     /// What the source wants to send.
-    Plan(Plan),
+    Plan(Box<Plan>),
     /// What the target found.
     Compatibility(CompatibilityReport),
     /// The machine is made and waits for its memory.
@@ -212,6 +212,8 @@ pub enum Message {
     StillMissing(PageSet),
     /// All pages are there.
     Complete,
+    /// Missing pages are waited for from here on by who touches them.
+    Armed,
 }
 
 /// Kind of a message that carries pages.
@@ -243,6 +245,7 @@ const KINDS: &[(u16, &str, usize)] = &[
     (22, "request", CONTROL_MAX),
     (23, "still-missing", PAGE_SET_MAX),
     (24, "complete", CONTROL_MAX),
+    (25, "armed", CONTROL_MAX),
 ];
 
 /// A header that was checked.
@@ -360,6 +363,7 @@ impl Message {
             Self::Request(_) => 22,
             Self::StillMissing(_) => 23,
             Self::Complete => 24,
+            Self::Armed => 25,
         }
     }
 
@@ -389,7 +393,8 @@ impl Message {
             | Self::Gone
             | Self::Ask
             | Self::Alive
-            | Self::Complete => Vec::new(),
+            | Self::Complete
+            | Self::Armed => Vec::new(),
         })
     }
 
@@ -427,6 +432,7 @@ impl Message {
             18 => Self::Ask,
             20 => Self::Alive,
             24 => Self::Complete,
+            25 => Self::Armed,
             _ => bail!("the peer sent a {} message (kind {kind}) where none belongs", kind_name(kind)),
         };
         ensure!(
@@ -532,6 +538,7 @@ mod tests {
             Message::Request(vec![1, u64::MAX]),
             Message::StillMissing(set),
             Message::Complete,
+            Message::Armed,
         ];
         for message in all {
             let body = message.encode().expect("encodes");

@@ -1,6 +1,8 @@
 //! A machine without processors: threads scribble into its memory, and software remembers which pages they wrote.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub mod proxy;
+
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering::SeqCst};
@@ -41,6 +43,10 @@ pub struct World {
     pub broken: Mutex<Vec<String>>,
     pub devices_started: AtomicBool,
     pub announced: AtomicBool,
+    /// Memory of the last machine that was made at the target.
+    pub target_ram: Mutex<Option<Arc<GuestRam>>>,
+    /// Pages that restoring the state reads.
+    pub restore_reads: Mutex<Vec<u64>>,
 }
 
 impl World {
@@ -53,30 +59,35 @@ impl World {
             broken: Mutex::default(),
             devices_started: AtomicBool::new(false),
             announced: AtomicBool::new(false),
+            target_ram: Mutex::default(),
+            restore_reads: Mutex::default(),
         })
     }
 
     pub fn fail(&self, method: &'static str) {
-        self.fails.lock().unwrap().insert(method);
+        self.fails.lock().expect("nobody panics with it").insert(method);
     }
 
     pub fn heal(&self) {
-        self.fails.lock().unwrap().clear();
+        self.fails.lock().expect("nobody panics with it").clear();
     }
 
     fn may_fail(&self, method: &str) -> Result<()> {
-        ensure!(!self.fails.lock().unwrap().contains(method), "{method} was told to fail");
+        ensure!(
+            !self.fails.lock().expect("nobody panics with it").contains(method),
+            "{method} was told to fail"
+        );
         Ok(())
     }
 
     fn rule(&self, kept: bool, rule: &str) {
         if !kept {
-            self.broken.lock().unwrap().push(rule.to_owned());
+            self.broken.lock().expect("nobody panics with it").push(rule.to_owned());
         }
     }
 
     fn give(&self, from: &[Storage], to: Storage) -> Result<()> {
-        let mut storage = self.storage.lock().unwrap();
+        let mut storage = self.storage.lock().expect("nobody panics with it");
         if !from.contains(&storage) {
             self.rule(false, &format!("the storage goes from {storage:?} to {to:?}"));
             bail!("the storage is with {storage:?}");
@@ -96,7 +107,7 @@ impl World {
     }
 
     pub fn assert_rules_kept(&self) {
-        let broken = self.broken.lock().unwrap();
+        let broken = self.broken.lock().expect("nobody panics with it");
         assert!(broken.is_empty(), "{broken:?}");
         assert_ne!(self.runs(), 'B');
     }
@@ -189,7 +200,7 @@ impl FakeSource {
     }
 
     pub fn throttled(&self) -> Vec<u8> {
-        self.shared.throttled.lock().unwrap().clone()
+        self.shared.throttled.lock().expect("nobody panics with it").clone()
     }
 
     pub fn ended(&self) -> bool {
@@ -201,14 +212,14 @@ impl FakeSource {
         assert!(!self.is_logging(), "logging was left on");
         assert_eq!(self.shared.throttle.load(SeqCst), 0, "throttled");
         assert_eq!(self.shared.world.runs(), 's');
-        assert_eq!(*self.shared.world.storage.lock().unwrap(), Storage::Source);
+        assert_eq!(*self.shared.world.storage.lock().expect("nobody panics with it"), Storage::Source);
     }
 }
 
 impl Drop for FakeSource {
     fn drop(&mut self) {
         self.shared.quit.store(true, SeqCst);
-        for writer in self.writers.lock().unwrap().drain(..) {
+        for writer in self.writers.lock().expect("nobody panics with it").drain(..) {
             writer.join().expect("a writer");
         }
     }
@@ -237,7 +248,7 @@ fn scribble(shared: &Shared, seed: u64) {
         }
         // In small bursts: sleeping for each page would be too coarse.
         for _ in 0..(rate / 500).max(1) {
-            let _writing = shared.writing.lock().unwrap();
+            let _writing = shared.writing.lock().expect("nobody panics with it");
             if !shared.world.source_runs.load(SeqCst) {
                 break;
             }
@@ -320,12 +331,12 @@ impl SourceMachine for FakeSource {
 
     fn throttle(&self, percent: u8) {
         self.shared.throttle.store(percent, SeqCst);
-        self.shared.throttled.lock().unwrap().push(percent);
+        self.shared.throttled.lock().expect("nobody panics with it").push(percent);
     }
 
     fn pause(&self) -> Result<()> {
         self.shared.world.may_fail("pause")?;
-        let _writing = self.shared.writing.lock().unwrap();
+        let _writing = self.shared.writing.lock().expect("nobody panics with it");
         self.shared.world.source_runs.store(false, SeqCst);
         Ok(())
     }
@@ -340,7 +351,10 @@ impl SourceMachine for FakeSource {
         self.shared.world.may_fail("source resume")?;
         let world = &self.shared.world;
         world.rule(!world.target_runs.load(SeqCst), "the source runs while the target does");
-        world.rule(*world.storage.lock().unwrap() == Storage::Source, "the source runs without its storage");
+        world.rule(
+            *world.storage.lock().expect("nobody panics with it") == Storage::Source,
+            "the source runs without its storage",
+        );
         world.source_runs.store(true, SeqCst);
         Ok(())
     }
@@ -379,6 +393,9 @@ impl TargetMachine for FakeTarget {
     fn restore(&mut self, state: &MachineState) -> Result<()> {
         self.world.may_fail("restore")?;
         ensure!(state.0 == b"the state", "another state");
+        for page in self.world.restore_reads.lock().expect("nobody panics with it").iter() {
+            self.ram.read_pages(*page, &mut [0; PAGE_BYTES]);
+        }
         self.restored = true;
         Ok(())
     }
@@ -424,7 +441,7 @@ impl Drop for FakeTarget {
     fn drop(&mut self) {
         self.world.target_runs.store(false, SeqCst);
         if self.took {
-            *self.world.storage.lock().unwrap() = Storage::Nobody;
+            *self.world.storage.lock().expect("nobody panics with it") = Storage::Nobody;
         }
     }
 }
@@ -450,6 +467,7 @@ impl TargetHost for FakeHost {
     fn create(&self, description: &Description) -> Result<Box<dyn TargetMachine>> {
         self.world.may_fail("create")?;
         let ram = GuestRam::new(description.memory_bytes, false)?;
+        *self.world.target_ram.lock().expect("nobody panics with it") = Some(ram.clone());
         Ok(Box::new(FakeTarget { world: self.world.clone(), ram, restored: false, took: false }))
     }
 }
@@ -475,7 +493,9 @@ impl Target {
         let events = Arc::new(Mutex::new(Vec::new()));
         let (for_thread, seen) = (options.clone(), events.clone());
         let thread = std::thread::spawn(move || {
-            receive(listener, &host, &for_thread, &|event| seen.lock().unwrap().push(event.clone()))
+            receive(listener, &host, &for_thread, &|event| {
+                seen.lock().expect("nobody panics with it").push(event.clone())
+            })
         });
         Self { address, options, events, thread: Some(thread) }
     }
@@ -493,8 +513,8 @@ impl Target {
     /// Waits until something happened.
     pub fn await_event(&self, what: impl Fn(&TargetEvent) -> bool) {
         let until = Instant::now() + Duration::from_secs(10);
-        while !self.events.lock().unwrap().iter().any(&what) {
-            assert!(Instant::now() < until, "{:?}", self.events.lock().unwrap());
+        while !self.events.lock().expect("nobody panics with it").iter().any(&what) {
+            assert!(Instant::now() < until, "{:?}", self.events.lock().expect("nobody panics with it"));
             std::thread::sleep(Duration::from_millis(5));
         }
     }
