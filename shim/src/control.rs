@@ -159,6 +159,10 @@ impl Control {
         let mut migration = locked(&self.migration);
         migration.info.id = received.migration.to_string();
         migration.info.state = "arrived".into();
+        if let Some(faults) = received.postcopy {
+            migration.info.postcopy_faults = faults.faults;
+            migration.info.postcopy_wait_us = Some([micros(faults.p50), micros(faults.p99)]);
+        }
         Ok(())
     }
 
@@ -436,6 +440,7 @@ impl Control {
                 migration.info.id = report.migration.to_string();
                 show_progress(&mut migration.info, &report.progress);
                 migration.info.round = report.rounds;
+                migration.info.postcopy_faults = report.postcopy.map_or(0, |late| late.requested);
                 migration.info.state = "done".into();
             }
             Err(error) => {
@@ -528,6 +533,10 @@ fn security(tls: Option<&TlsFiles>, insecure_plain_tcp: bool) -> Security {
     }
 }
 
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
 fn show_progress(info: &mut MigrationInfo, progress: &Progress) {
     let millis = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
     info.step = progress.step.number().into();
@@ -541,7 +550,7 @@ fn show_progress(info: &mut MigrationInfo, progress: &Progress) {
     info.dirty_rate_bytes_per_s = progress.dirty_rate;
     info.expected_downtime_ms = progress.expected_downtime.map_or(0, millis);
     info.throttle_percent = progress.throttle.into();
-    info.downtime_us = progress.downtime.map(|time| u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    info.downtime_us = progress.downtime.map(micros);
     info.elapsed_ms = millis(progress.elapsed);
     info.postcopy_faults = progress.faults;
 }

@@ -1,5 +1,6 @@
 //! The processes with a machine: one that starts it, one that waits for it, one that wakes it from a file.
 
+use std::io::IsTerminal as _;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +17,7 @@ use crate::device::{MMIO_BYTES, MMIO_START};
 use crate::guest;
 use crate::machine::SourceMachine;
 use crate::memory::{GuestRam, Memory};
+use crate::migrate::{Place, last_attempt};
 use crate::setup::Devices;
 use crate::vm::boot::{self, Kernel};
 use crate::vm::host::{self, DeviceMaker as _};
@@ -27,7 +29,11 @@ const FAREWELL: Duration = Duration::from_millis(1500);
 
 fn start_log() {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
 }
 
 fn devices(process: &Process) -> Devices {
@@ -46,6 +52,7 @@ fn prepare(process: &Process) -> Result<()> {
 /// If the machine can't be made; later failures end it.
 pub fn run(run: &Run) -> Result<Exit> {
     prepare(&run.process)?;
+    refuse_if_elsewhere(run)?;
     let kvm = kvm::open()?;
     let leaves = cpu::host_leaves(&kvm, run.cpu)?;
     let tsc_khz = host::tsc_khz(&kvm)?;
@@ -67,6 +74,20 @@ pub fn run(run: &Run) -> Result<Exit> {
     }
     machine.start(true)?;
     serve(&run.process, Control::with_machine(machine, &run.process)?)
+}
+
+/// A machine that a target was told to run, and of which nobody knows whether it does, must not be started a second time.
+fn refuse_if_elsewhere(run: &Run) -> Result<()> {
+    let Some(last) = last_attempt(&run.process.state_dir, &run.name)? else { return Ok(()) };
+    anyhow::ensure!(
+        last.place != Place::HandedOver,
+        "the machine {} was handed over to {}, and it is not known whether it runs there; look there first: if it certainly does \
+         not, remove its record from {}, or start this one under another --name",
+        run.name,
+        last.to,
+        run.process.state_dir.display()
+    );
+    Ok(())
 }
 
 fn boot_kernel(machine: &Machine, run: &Run, kernel: &Path) -> Result<()> {

@@ -253,7 +253,8 @@ fn prepare(machine: &dyn SourceMachine, options: &SendOptions) -> Result<Prepare
     let last = records.source(&name)?;
     if let Some(last) = &last {
         ensure!(
-            last.place == Place::Here,
+            // One that went away and is here again has come back, or another one has been started under its name.
+            last.place != Place::HandedOver,
             "the last attempt to move {name} (to {}) is not settled: ask that target, or force the machine to go on here, first",
             last.to
         );

@@ -36,7 +36,8 @@ impl Shim {
     pub fn start(dir: &Path, name: &str, verb: &str, arguments: &[String]) -> Result<Self> {
         let api = dir.join(format!("{name}.api"));
         let log = dir.join(format!("{name}.log"));
-        let state = dir.join(format!("{name}.state"));
+        // As on a host where machines come and go.
+        let state = dir.join("state");
         let child = Command::new(binary("kvm-shim", "KVM_SHIM")?)
             .arg(verb)
             .arg("--api")

@@ -107,3 +107,35 @@ fn two_hundred_moves_to_and_fro_carry_memory_and_disk_exactly() {
     assert!(report["disks"][0]["writes"].as_u64().unwrap() > 1000, "{report}");
     traveller.finish();
 }
+
+#[test]
+fn it_runs_on_the_target_before_its_memory_is_there() {
+    if !has_kvm() {
+        return;
+    }
+    let mut traveller = Traveller::new("96M", GUEST);
+    for _ in 0..5 {
+        // So slow that copying can't keep up with the guest.
+        let (next, listen) = traveller.receiver(&[]);
+        let request = json!({ "to": listen, "postcopy": true, "bandwidth": 60_u64 << 20, "downtime_ms": 50 });
+        traveller.now.send(&request).unwrap();
+        next.wait_state("running", MINUTE).unwrap();
+        let info = traveller.now.wait_migration(MINUTE).unwrap();
+        assert_eq!(info["state"], "done", "{info}\n{}\n{}", traveller.now.log(), next.log());
+        let until = Instant::now() + MINUTE;
+        while next.migration().unwrap()["state"] != "arrived" {
+            assert!(Instant::now() < until, "{}", next.log());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let arrived = next.migration().unwrap();
+        println!(
+            "stood still for {} us, then waited for {} pages: p50, p99 us {}",
+            info["downtime_us"], arrived["postcopy_faults"], arrived["postcopy_wait_us"]
+        );
+        assert!(arrived["postcopy_faults"].as_u64().unwrap() > 0, "{arrived}");
+        let mut before = std::mem::replace(&mut traveller.now, next);
+        assert!(before.wait_end().unwrap().success(), "{}", before.log());
+        traveller.assert_sound();
+    }
+    traveller.finish();
+}

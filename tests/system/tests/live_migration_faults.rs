@@ -60,6 +60,19 @@ impl Place {
     }
 }
 
+/// Any moment of a migration that has begun, every other time one about its commit.
+fn wait_for_a_moment(source: &Shim, random: &mut ChaCha8Rng) {
+    if random.random_bool(0.5) {
+        std::thread::sleep(Duration::from_micros(random.random_range(0..150_000)));
+        return;
+    }
+    let until = Instant::now() + MINUTE;
+    while source.migration().is_ok_and(|info| info["state"] == "running" && info["step"].as_u64() < Some(4)) {
+        assert!(Instant::now() < until, "the migration does not get on");
+    }
+    std::thread::sleep(Duration::from_micros(random.random_range(0..60_000)));
+}
+
 fn assert_sound(shim: &Shim) -> Value {
     let report = shim.report().unwrap();
     assert!(report["mismatches"] == 0 && report["disk_errors"] == 0, "{report}");
@@ -103,7 +116,7 @@ fn the_death_of_the_target_at_any_moment_leaves_the_machine_where_it_is() {
         assert_works(&now);
         let (mut next, request) = place.receiver("root");
         now.send(&request).unwrap();
-        std::thread::sleep(Duration::from_micros(random.random_range(0..150_000)));
+        wait_for_a_moment(&now, &mut random);
         // Whether it had gone already: then the machine dies with its process, and another one begins.
         next.kill9();
         let info = now.wait_migration(MINUTE).unwrap();
@@ -147,7 +160,7 @@ fn the_death_of_the_source_leaves_the_machine_on_one_side_or_none_and_the_disk_w
         assert_works(&now);
         let (next, request) = place.receiver("root");
         now.send(&request).unwrap();
-        std::thread::sleep(Duration::from_micros(random.random_range(0..150_000)));
+        wait_for_a_moment(&now, &mut random);
         now.kill9();
         std::thread::sleep(Duration::from_millis(300));
         match next.state().as_str() {
