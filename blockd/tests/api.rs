@@ -297,7 +297,7 @@ fn every_route_of_the_openapi_document_is_there() {
             routes += 1;
         }
     }
-    assert_eq!(routes, 19);
+    assert_eq!(routes, 21);
     daemon.end();
 }
 

@@ -319,12 +319,14 @@ impl Daemon {
 
     /// Whether nothing will happen any more to a job, known or not.
     pub(super) fn is_over(&self, job: &str) -> bool {
-        self.jobs().get(job).is_none_or(|progress| progress.job().is_over())
+        let progress = self.jobs().get(job).cloned();
+        progress.is_none_or(|progress| progress.job().is_over())
     }
 
     /// Whether a job works on its disk no more, though it may still tidy up behind it.
     pub(super) fn has_let_go(&self, job: &str) -> bool {
-        match self.jobs().get(job) {
+        let progress = self.jobs().get(job).cloned();
+        match progress {
             Some(Progress::Running(running)) => running.has_let_go(),
             _ => true,
         }

@@ -401,3 +401,80 @@ fn daemons_may_die_while_they_hand_over_a_raw_disk() {
 fn daemons_may_die_while_they_hand_over_a_vhdx() {
     survive_kills(Image::DynamicVhdx);
 }
+
+/// Keeps others from having the file to themselves, until it is dropped.
+fn read_locked(path: &Path) -> std::fs::File {
+    let file = std::fs::File::open(path).unwrap();
+    let whole = libc::flock {
+        l_type: libc::F_RDLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_OFD_SETLK(&whole)).unwrap();
+    file
+}
+
+#[test]
+fn a_disk_is_released_while_its_move_still_tidies_up_behind_it() {
+    if is_reference() {
+        return;
+    }
+    for dies in [false, true] {
+        let mut pair = Pair::new(Image::DynamicVhdx);
+        let mut load = pair.load(69);
+        load.run_requests(500).unwrap();
+        let base = pair.images().join("disk.vhdx");
+        pair.daemons[0].snapshot("disk", &pair.images().join("child.vhdx")).unwrap();
+        load.run_requests(300).unwrap();
+        let to = pair.images().join("moved");
+        std::fs::create_dir(&to).unwrap();
+        let request: MoveRequest =
+            serde_json::from_value(serde_json::json!({ "disks": ["disk"], "to": to, "switch": "manual" }))
+                .unwrap();
+        let job = pair.daemons[0].start_move(&request).unwrap();
+        while !pair.daemons[0].job(&job.job).unwrap().ready {
+            load.run_requests(50).unwrap();
+        }
+        load.drain().unwrap();
+        load.front.stop_rings().unwrap();
+        // The move waits for a while for whoever else reads the parent, before it leaves it alone.
+        let reader = read_locked(&base);
+        let begun = Instant::now();
+        pair.daemons[0].job_verb(&job.job, "switch").unwrap();
+        let handover = pair.daemons[0].release("disk", MINUTE).unwrap();
+        let released = begun.elapsed();
+        let state = pair.daemons[0].job(&job.job).unwrap().state;
+        pair.daemons[1].take_over(&handover).unwrap();
+        println!("released after {released:.1?}, the move being {state}");
+        if dies {
+            pair.daemons[0].restart().unwrap();
+        } else {
+            pair.daemons[0].call::<serde_json::Value>("DELETE", "/v1/disks/disk", None::<&()>).unwrap();
+            let over = pair.daemons[0].job(&job.job).unwrap();
+            assert_eq!(over.state, "done", "a disk is not forgotten while a move names it");
+        }
+        go_on(&pair, &mut load, 1);
+        load.run_requests(300).unwrap();
+        load.verify_all().unwrap();
+        drop(reader);
+        assert!(!pair.images().join("child.vhdx").exists());
+        let there = pair.daemons[1].disk("disk").unwrap();
+        assert_eq!(there.chain.len(), 2);
+        hand_over_to_file(&mut pair, &mut load, Path::new(&there.image));
+    }
+}
+
+/// Ends both daemons and compares the chain, as one image, with what the load knows.
+fn hand_over_to_file(pair: &mut Pair, load: &mut VerifiedLoad, image: &Path) {
+    let raw = pair.images().join("copy.raw");
+    let request: MoveRequest = serde_json::from_value(serde_json::json!({
+        "disks": ["disk"], "to": raw, "format": "raw", "flatten": true,
+    }))
+    .unwrap();
+    wait_done(&pair.daemons[1], load, &pair.daemons[1].start_move(&request).unwrap());
+    load.verify_all().unwrap();
+    assert!(pair.daemons[1].terminate().unwrap() && !image.exists());
+    load.check_file(&raw).unwrap();
+}
