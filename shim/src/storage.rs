@@ -20,6 +20,8 @@ use crate::vm::machine::Storage;
 const COMMIT: Duration = Duration::from_secs(30);
 /// Longest that a daemon may wait for what still uses the image before it lets it go.
 const RELEASE: Duration = Duration::from_secs(5);
+/// How long a move's verification is waited for, before the machine is sent.
+const READY: Duration = Duration::from_secs(20);
 /// How often a daemon is asked whether it is so far.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
@@ -86,13 +88,7 @@ impl Releases {
                 );
                 continue;
             }
-            let job = job_of(disk, &info)?;
-            ensure!(
-                job.state == "synced",
-                "the move of the disk {} is {}; start it with --switch manual and wait until it is synced",
-                disk.serial,
-                job.state
-            );
+            wait_until_ready(disk, &info)?;
         }
         Ok(())
     }
@@ -123,6 +119,30 @@ fn job_of(disk: &Disk, info: &DiskInfo) -> Result<Job> {
         )
     })?;
     Client::new(&disk.api).get(&format!("/v1/jobs/{job}"))
+}
+
+/// A move that is synced is verified before it is committed; that is waited for while the machine still runs.
+fn wait_until_ready(disk: &Disk, info: &DiskInfo) -> Result<()> {
+    let until = Instant::now() + READY;
+    loop {
+        let job = job_of(disk, info)?;
+        ensure!(
+            job.state == "synced",
+            "the move of the disk {} is {}; start it with --switch manual and wait until it is synced",
+            disk.serial,
+            job.state
+        );
+        if job.ready {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < until,
+            "the move of the disk {} still verifies what it copied; wait until `blockctl job show {}` says that it is ready",
+            disk.serial,
+            job.job
+        );
+        std::thread::sleep(LOOK_EVERY * 10);
+    }
 }
 
 /// Commits the move of a disk: afterwards the move's target is the disk.
