@@ -386,3 +386,86 @@ impl Drop for InThisProcess {
         CHANGING.1.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fence(generation: u64, daemon: u128) -> Fence {
+        let by = Holder {
+            daemon: Uuid::from_u128(daemon),
+            host: "h".into(),
+            state_dir: "/s".into(),
+            disk: "vm1".into(),
+        };
+        Fence::new(generation, Hold::Held, by)
+    }
+
+    fn place(image: &Path, fence: &Fence) {
+        let new = image.with_extension("new");
+        fs::write(&new, serde_json::to_vec(fence).expect("JSON")).expect("written");
+        fs::rename(new, path_of(image)).expect("renamed");
+    }
+
+    #[test]
+    fn what_another_host_has_put_in_place_while_the_lock_was_waited_for_is_seen() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let image = dir.path().join("disk.raw");
+        place(&image, &fence(1, 1));
+        // The other one: it has the lock, puts its own in place, and lets go.
+        let theirs = open(&path_of(&image), true).expect("opened").expect("there");
+        lock_exclusively(&path_of(&image), &theirs).expect("locked");
+        std::thread::scope(|scope| {
+            let ours = scope.spawn(|| {
+                let mut seen = Vec::new();
+                change(&image, Uuid::from_u128(2), |now| {
+                    seen.extend(now.map(|fence| fence.generation));
+                    Ok(Next::Leave)
+                })
+                .expect("looked at");
+                seen
+            });
+            std::thread::sleep(Duration::from_millis(100));
+            place(&image, &fence(2, 1));
+            drop(theirs);
+            assert_eq!(ours.join().expect("it ends"), [2], "what was replaced is not decided upon");
+        });
+    }
+
+    #[test]
+    fn who_finds_no_fence_does_not_write_over_one_that_came_meanwhile() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let image = dir.path().join("disk.raw");
+        let mut asked = 0;
+        let before = change(&image, Uuid::from_u128(2), |now| {
+            asked += 1;
+            match now {
+                None => {
+                    place(&image, &fence(7, 1));
+                    Ok(Next::Put(fence(1, 2)))
+                }
+                Some(theirs) => {
+                    assert_eq!(theirs.generation, 7);
+                    Ok(Next::Leave)
+                }
+            }
+        });
+        assert_eq!((before.expect("looked at"), asked), (Some(fence(7, 1)), 2));
+        let names = fs::read_dir(dir.path()).expect("listed").count();
+        assert_eq!(names, 1, "nothing temporary is left");
+    }
+
+    #[test]
+    fn a_temporary_file_that_a_crash_has_left_as_a_second_name_is_not_written_to() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let image = dir.path().join("disk.raw");
+        place(&image, &fence(1, 1));
+        fs::hard_link(path_of(&image), temporary_of(&path_of(&image), Uuid::from_u128(1))).expect("linked");
+        let old = fs::File::open(path_of(&image)).expect("opened");
+        change(&image, Uuid::from_u128(1), |_| Ok(Next::Put(fence(2, 1)))).expect("replaced");
+        let mut kept = String::new();
+        (&old).take(FENCE_BYTES_MAX).read_to_string(&mut kept).expect("read");
+        assert!(kept.contains("\"generation\":1"), "{kept}");
+        assert_eq!(read(&image).expect("sound"), Some(fence(2, 1)));
+    }
+}
