@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, bail};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
-use kvm_ioctls::Kvm;
+use kvm_ioctls::{Cap, Kvm};
 
 use crate::machine::{CpuDescription, CpuidLeaf, Finding};
 
@@ -147,10 +147,19 @@ pub fn host_leaves(kvm: &Kvm, baseline: Option<Baseline>) -> Result<Vec<CpuidLea
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("read what processors KVM supports")?;
     let mut leaves: Vec<_> = supported.as_slice().iter().map(leaf_of).collect();
+    add_unlisted(&mut leaves, kvm.check_extension(Cap::TscDeadlineTimer));
     if let Some(baseline) = baseline {
         limit(&mut leaves, baseline)?;
     }
     Ok(leaves)
+}
+
+/// What KVM provides without listing it: that there is a hypervisor, without which a guest asks for none of KVM's help (its
+/// clock first of all), and the timer with a deadline (virt/kvm/api.rst, KVM_GET_SUPPORTED_CPUID).
+fn add_unlisted(leaves: &mut [CpuidLeaf], deadline_timer: bool) {
+    for leaf in leaves.iter_mut().filter(|leaf| leaf.function == 1) {
+        leaf.registers[ECX] |= 1 << 31 | u32::from(deadline_timer) << 24;
+    }
 }
 
 fn limit(leaves: &mut [CpuidLeaf], baseline: Baseline) -> Result<()> {
@@ -422,6 +431,15 @@ mod tests {
         let mut poor = vec![leaf(1, 0, [0, 0, 1, 0])];
         let error = limit(&mut poor, Baseline::V2).expect_err("the host has SSE3 only").to_string();
         assert!(error.contains("SSE4.2"), "{error}");
+    }
+
+    #[test]
+    fn a_guest_sees_that_there_is_a_hypervisor() {
+        let mut leaves = [leaf(1, 0, [0; 4]), leaf(7, 0, [0; 4])];
+        add_unlisted(&mut leaves, false);
+        assert_eq!((leaves[0].registers, leaves[1].registers), ([0, 0, 1 << 31, 0], [0; 4]));
+        add_unlisted(&mut leaves, true);
+        assert_eq!(leaves[0].registers[ECX], 1 << 31 | 1 << 24);
     }
 
     #[test]

@@ -334,7 +334,7 @@ fn handle(exit: VcpuExit<'_>, buses: &Buses) -> Result<(), Ending> {
     match exit {
         VcpuExit::IoIn(port, data) => buses.ports.read(port, data),
         VcpuExit::IoOut(port, data) => {
-            if buses.ports.write(port, data) == After::Reset {
+            if buses.ports.write(port, data) == After::End {
                 return Err(Ending::Shutdown);
             }
         }

@@ -1,8 +1,10 @@
 //! Linux kernels: bzImage by the 64-bit boot protocol (Documentation/arch/x86/boot.rst), ELF with a PVH note by that of Xen
 //! (docs/misc/pvh.pandoc there), ELF without one at its 64-bit entry.
 //!
-//! Processors and interrupt lines are told by an MP table ([`tables`]), devices by the kernel's command line.
+//! Processors, interrupt lines and devices are told by ACPI tables ([`acpi`]), and for kernels that are built without ACPI by
+//! an MP table ([`tables`]) and the kernel's command line.
 
+mod acpi;
 mod tables;
 
 use std::fs::File;
@@ -38,6 +40,8 @@ mod place {
     pub const CMDLINE: u64 = 0x20000;
     /// The last KiB below 640 KiB, where the MP table is searched.
     pub const MP_TABLE: u64 = 0x9fc00;
+    /// Where firmware would be, and where the root of the ACPI tables is searched.
+    pub const ACPI: u64 = 0xe_0000;
     pub const HIGH_MEMORY: u64 = 0x10_0000;
 }
 
@@ -114,12 +118,15 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, vcpus: u32, devices: usize) -> Resu
     memory
         .write_slice(&tables::mp_table(vcpus, place::MP_TABLE), GuestAddress(place::MP_TABLE))
         .context("write the MP table")?;
+    memory
+        .write_slice(&acpi::acpi_tables(vcpus, devices, place::ACPI), GuestAddress(place::ACPI))
+        .context("write the ACPI tables")?;
     if let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap {
         write_start_info(ram, initrd)?;
         return Ok(Entry { address: entry.0, pvh: true });
     }
     write_page_tables(memory)?;
-    let mut params = boot_params { hdr: header, ..Default::default() };
+    let mut params = boot_params { hdr: header, acpi_rsdp_addr: place::ACPI, ..Default::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.boot_flag = 0xaa55;
     params.hdr.header = 0x5372_6448;
@@ -194,6 +201,7 @@ fn write_start_info(ram: &GuestRam, initrd: Option<(u64, u64)>) -> Result<()> {
         magic: START_MAGIC,
         version: 1,
         cmdline_paddr: place::CMDLINE,
+        rsdp_paddr: place::ACPI,
         nr_modules: modules.len() as u32,
         modlist_paddr: if modules.is_empty() { 0 } else { place::MODULES },
         memmap_paddr: place::MEMORY_MAP,

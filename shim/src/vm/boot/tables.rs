@@ -2,9 +2,9 @@
 //! leads to which pin of the I/O APIC.
 
 /// Where the local APICs are.
-const LOCAL_APIC: u32 = 0xfee0_0000;
+pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Where the I/O APIC is.
-const IO_APIC: u32 = 0xfec0_0000;
+pub(super) const IO_APIC: u32 = 0xfec0_0000;
 /// Version of KVM's APICs.
 const APIC_VERSION: u8 = 0x14;
 /// Lines of the ISA bus.

@@ -4,13 +4,22 @@ export PATH=/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
+# A module's parameters stand on the command line as MODULE.PARAMETER; only what is built in finds them there by itself.
+parameters() {
+    for word in $(cat /proc/cmdline); do
+        case $word in
+            "$1".*) echo "${word#*.}" ;;
+        esac
+    done
+}
 for module in $(cat /modules/order); do
-    insmod "/modules/$module.ko" || echo "GUEST: no module $module"
+    # Not quoted: there may be several.
+    insmod "/modules/$module.ko" $(parameters "$module") || echo "GUEST: no module $module"
 done
-job=none rounds=4 mib=4
+job=none rounds=4 mib=4 end=poweroff
 for word in $(cat /proc/cmdline); do
     case $word in
-        job=* | rounds=* | mib=*) eval "$word" ;;
+        job=* | rounds=* | mib=* | end=*) eval "$word" ;;
     esac
 done
 tries=0
@@ -102,4 +111,4 @@ case $job in
 esac
 dmesg | grep -E 'I/O error|not a head|hung task|EXT4-fs (error|warning)|virtio_blk.*(reset|fail)' | tail -n 5
 echo "GUEST: end after $(cut -d' ' -f1 /proc/uptime) s"
-poweroff -f
+"$end" -f

@@ -1,5 +1,5 @@
-//! The guest's root file system: busybox, the modules that its disk needs, mkfs and fsck of this machine with their
-//! libraries, and the init script; packed as a "newc" cpio archive, which is what the kernel unpacks.
+//! A guest's root file system: busybox, kernel modules, programs of this machine with their libraries, and an init script;
+//! packed as a "newc" cpio archive, which is what the kernel unpacks.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -9,23 +9,35 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::Setup;
 
-const INIT: &str = include_str!("init.sh");
-const MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
-const PROGRAMS: [&str; 2] = ["mkfs.ext4", "e2fsck"];
+/// What a root holds beside busybox.
+pub(super) struct Contents<'a> {
+    /// The only process.
+    pub init: &'a str,
+    /// Kernel modules to load; what they need comes along.
+    pub modules: &'a [&'a str],
+    /// Programs of this machine, to be in the path; their libraries come along.
+    pub programs: Vec<PathBuf>,
+    /// Other files, by their names without the first slash.
+    pub files: Vec<(&'a str, Vec<u8>)>,
+}
 
-pub(super) fn pack(setup: &Setup) -> Result<Vec<u8>> {
+pub(super) fn pack(setup: &Setup, contents: &Contents<'_>) -> Result<Vec<u8>> {
     let mut archive = Archive::default();
     for dir in ["proc", "sys", "dev", "mnt", "tmp", "etc", "bin", "modules"] {
         archive.dir(dir);
     }
     archive.node("dev/console", 0o20600, b"", (5, 1));
-    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("init", 0o755, contents.init.as_bytes());
     archive.file("etc/mtab", 0o644, b"");
+    // An archive takes each name once: programs of this machine go before busybox's of the same name.
+    for program in &contents.programs {
+        add_program(&mut archive, program)?;
+    }
     archive.file("bin/busybox", 0o755, &read(&setup.busybox)?);
     for applet in applets(&setup.busybox)? {
         archive.link(&format!("bin/{applet}"), "busybox");
     }
-    let modules = Modules::index(&setup.modules)?.with_dependencies(&MODULES)?;
+    let modules = Modules::index(&setup.modules)?.with_dependencies(contents.modules)?;
     let mut order = String::new();
     for (name, content) in &modules {
         archive.file(&format!("modules/{name}.ko"), 0o644, content);
@@ -33,10 +45,17 @@ pub(super) fn pack(setup: &Setup) -> Result<Vec<u8>> {
         order.push('\n');
     }
     archive.file("modules/order", 0o644, order.as_bytes());
-    for program in PROGRAMS {
-        add_program(&mut archive, program)?;
+    for (name, content) in &contents.files {
+        archive.file(name, 0o644, content);
     }
     Ok(archive.finish())
+}
+
+/// A program that is installed on this machine.
+pub(super) fn installed(name: &str, package: &str) -> Result<PathBuf> {
+    let folders = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"];
+    let mut paths = folders.iter().map(|folder| Path::new(folder).join(name));
+    paths.find(|path| path.is_file()).with_context(|| format!("no {name} (package {package})"))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -45,21 +64,15 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 
 fn applets(busybox: &Path) -> Result<Vec<String>> {
     let output = Command::new(busybox).arg("--list").output().context("busybox --list")?;
-    // The list has the programs that come from this machine, and busybox itself: neither may be linked over.
     let list = String::from_utf8(output.stdout)?;
-    Ok(list
-        .lines()
-        .filter(|name| *name != "busybox" && !PROGRAMS.contains(name))
-        .map(str::to_owned)
-        .collect())
+    // busybox itself is on the list and would become a link to itself.
+    Ok(list.lines().filter(|name| *name != "busybox").map(str::to_owned).collect())
 }
 
-fn add_program(archive: &mut Archive, name: &str) -> Result<()> {
-    let path = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].iter().map(|dir| Path::new(dir).join(name));
-    let path =
-        path.into_iter().find(|p| p.is_file()).with_context(|| format!("no {name} (package e2fsprogs)"))?;
-    archive.file(&format!("bin/{name}"), 0o755, &read(&path)?);
-    let output = Command::new("ldd").arg(&path).output().context("ldd")?;
+fn add_program(archive: &mut Archive, path: &Path) -> Result<()> {
+    let name = path.file_name().and_then(|name| name.to_str()).context("a program has a name")?;
+    archive.file(&format!("bin/{name}"), 0o755, &without_symbols(path)?);
+    let output = Command::new("ldd").arg(path).output().context("ldd")?;
     for line in String::from_utf8(output.stdout)?.lines() {
         let library = line.split_whitespace().find(|word| word.starts_with('/'));
         if let Some(library) = library {
@@ -67,6 +80,13 @@ fn add_program(archive: &mut Archive, name: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Symbols make up most of a program's file, and the guest holds all of it in memory. Without the tool they stay.
+fn without_symbols(path: &Path) -> Result<Vec<u8>> {
+    let stripped = tempfile::NamedTempFile::new()?;
+    let status = Command::new("strip").arg("-o").arg(stripped.path()).arg(path).status();
+    if status.is_ok_and(|status| status.success()) { read(stripped.path()) } else { read(path) }
 }
 
 /// Kernel modules by name.
@@ -123,7 +143,7 @@ fn module_name(path: &Path) -> Option<String> {
     Some(file.split_once(".ko")?.0.replace('-', "_"))
 }
 
-fn unpack(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn unpack(path: &Path) -> Result<Vec<u8>> {
     let tool = match path.extension().and_then(|e| e.to_str()) {
         Some("ko") => return read(path),
         Some("xz") => "xz",

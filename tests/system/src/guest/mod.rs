@@ -3,15 +3,24 @@
 //! `.ci/guest-setup` fetches kernel, busybox and QEMU into a folder; [`Setup::find`] reads what it left there. The guest's
 //! root is an initramfs that [`initramfs`] packs; its init script (`guest/init.sh`) does the job that the kernel's
 //! command line names, and says on the serial console how far it is, in lines that begin with `GUEST:`.
+//!
+//! A guest may also be a host of machines of its own ([`host`]), on the KVM of the processor that QEMU emulates.
 
+mod host;
 mod initramfs;
+mod kernel;
 mod qemu;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use initramfs::Contents;
+
+pub use host::{End, Host, Image, Machine};
 pub use qemu::{Guest, GuestOptions};
+
+const INIT: &str = include_str!("init.sh");
 
 /// Where things are that a guest needs.
 #[derive(Debug, Clone)]
@@ -80,6 +89,17 @@ impl Setup {
 
     /// Packs the guest's root into `path`.
     pub fn pack_initramfs(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, initramfs::pack(self)?).with_context(|| format!("write {}", path.display()))
+        let programs = ["mkfs.ext4", "e2fsck"].map(|name| initramfs::installed(name, "e2fsprogs"));
+        self.pack(path, &Contents {
+            init: INIT,
+            modules: &["virtio_pci", "virtio_blk"],
+            programs: programs.into_iter().collect::<Result<_>>()?,
+            files: Vec::new(),
+        })
+    }
+
+    fn pack(&self, path: &Path, contents: &Contents<'_>) -> Result<()> {
+        let archive = initramfs::pack(self, contents)?;
+        std::fs::write(path, archive).with_context(|| format!("write {}", path.display()))
     }
 }

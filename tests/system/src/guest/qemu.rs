@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
-use super::Setup;
+use super::{Host, Setup};
 
 /// How to run a guest.
 #[derive(Debug, Clone)]
@@ -56,28 +56,42 @@ impl Guest {
         if !initramfs.exists() {
             setup.pack_initramfs(&initramfs)?;
         }
-        let file = |ending: &str| dir.join(format!("{}.{ending}", options.name));
-        let (serial, log, console, monitor) = (file("serial"), file("log"), file("console"), file("qmp"));
-        let mut command = Command::new("nice");
-        command.arg(&setup.qemu).args(machine_arguments(setup, options, &initramfs));
+        let mut command = emulator(setup);
+        command.args(machine_arguments(options, setup, &initramfs));
         command.arg("-chardev").arg(format!("socket,id=disk,path={}{}", disk.display(), reconnect(setup)?));
         command.arg("-device").arg(format!("vhost-user-blk-pci,chardev=disk,num-queues={}", options.queues));
+        if options.incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        Self::spawn(command, dir, &options.name)
+    }
+
+    /// Starts a guest that runs machines of its own. Its files are in `dir`.
+    pub fn start_host(setup: &Setup, dir: &Path, host: &Host) -> Result<Self> {
+        let initramfs = dir.join("host.cpio");
+        host.pack(setup, &initramfs)?;
+        let mut command = emulator(setup);
+        // An emulated processor's counter is as steady as that of the machine below; only measuring it is not.
+        let kernel = format!("{KERNEL} tsc=reliable {}", host.words());
+        command.args(["-cpu", "max", "-smp", "2", "-m", "2G", "-append", &kernel]);
+        command.arg("-kernel").arg(&setup.kernel).arg("-initrd").arg(&initramfs);
+        Self::spawn(command, dir, "host")
+    }
+
+    fn spawn(mut command: Command, dir: &Path, name: &str) -> Result<Self> {
+        let file = |ending: &str| dir.join(format!("{name}.{ending}"));
+        let (serial, log, console, monitor) = (file("serial"), file("log"), file("console"), file("qmp"));
         command.arg("-chardev").arg(format!(
             "socket,id=console,path={},server=on,wait=off,logfile={}",
             console.display(),
             serial.display()
         ));
+        command.args(["-serial", "chardev:console"]);
         command.arg("-qmp").arg(format!("unix:{},server=on,wait=off", monitor.display()));
-        if options.incoming {
-            command.args(["-incoming", "defer"]);
-        }
-        if !setup.qemu_lib.is_empty() {
-            command.env("LD_LIBRARY_PATH", &setup.qemu_lib);
-        }
         let output = File::create(&log)?;
         command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
         let child = command.spawn().context("start QEMU")?;
-        Ok(Self { name: options.name.clone(), child, serial, log, console, monitor })
+        Ok(Self { name: name.to_owned(), child, serial, log, console, monitor })
     }
 
     /// What the guest said so far.
@@ -174,22 +188,29 @@ impl Drop for Guest {
     }
 }
 
-fn machine_arguments(setup: &Setup, options: &GuestOptions, initramfs: &Path) -> Vec<String> {
-    let mut arguments = Vec::new();
-    for dir in &setup.qemu_share {
-        arguments.extend(["-L".into(), dir.clone()]);
+/// What every guest's kernel is told. A busy machine may let the guest wait so long for its first timer interrupts that
+/// Linux would give up.
+const KERNEL: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
+
+/// QEMU with what every guest has.
+fn emulator(setup: &Setup) -> Command {
+    let mut command = Command::new("nice");
+    command.arg(&setup.qemu);
+    if !setup.qemu_lib.is_empty() {
+        command.env("LD_LIBRARY_PATH", &setup.qemu_lib);
     }
-    // A busy machine may let the guest wait so long for its first timer interrupts that Linux would give up.
-    let kernel = format!(
-        "console=ttyS0 quiet panic=-1 no_timer_check job={} rounds={} mib={}",
-        options.job, options.rounds, options.mib
-    );
-    let fixed = [
-        "-accel tcg,thread=multi -M pc -m 256M -nodefaults -no-reboot -display none",
-        "-object memory-backend-memfd,id=memory,size=256M,share=on -machine memory-backend=memory",
-        "-serial chardev:console",
-    ];
-    arguments.extend(fixed.iter().flat_map(|words| words.split(' ')).map(str::to_owned));
+    for dir in &setup.qemu_share {
+        command.args(["-L", dir]);
+    }
+    command.args("-accel tcg,thread=multi -M pc -nodefaults -no-reboot -display none".split(' '));
+    command
+}
+
+fn machine_arguments(options: &GuestOptions, setup: &Setup, initramfs: &Path) -> Vec<String> {
+    let kernel = format!("{KERNEL} job={} rounds={} mib={}", options.job, options.rounds, options.mib);
+    let memory =
+        "-m 256M -object memory-backend-memfd,id=memory,size=256M,share=on -machine memory-backend=memory";
+    let mut arguments: Vec<String> = memory.split(' ').map(str::to_owned).collect();
     arguments.extend(["-smp".into(), options.cpus.to_string(), "-append".into(), kernel]);
     arguments.extend(["-kernel".into(), setup.kernel.display().to_string()]);
     arguments.extend(["-initrd".into(), initramfs.display().to_string()]);
