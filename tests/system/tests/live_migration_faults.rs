@@ -225,7 +225,7 @@ fn a_guest_that_writes_too_fast_makes_the_move_give_up_in_time_and_slowing_it_do
         return;
     }
     let mut place = Place::new();
-    let mut now = place.start();
+    let now = place.start();
     now.call("POST", "/v1/guest", Some(&json!({ "rate": 0 }))).unwrap();
     let (_next, mut request) = place.receiver("root");
     request["bandwidth"] = (20_u64 << 20).into();
