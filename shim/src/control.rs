@@ -1,12 +1,12 @@
 //! One process with one machine: what its API can ask of it, and the migration that is under way.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, STEPS, SendRequest, TlsFiles, VmInfo};
+use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, STEPS, SaveRequest, SendRequest, TlsFiles, VmInfo};
 use crate::cli::args::Process;
 use crate::cli::parts::DiskArgument;
 use crate::guest::{self, Command, Report};
@@ -15,9 +15,9 @@ use crate::migrate::batch::Compression;
 use crate::migrate::converge::OnTimeout;
 use crate::migrate::progress::{CancelToken, Progress};
 use crate::migrate::source::{self, Resolve, Resolved, SendError, SendOptions};
-use crate::migrate::target;
 use crate::migrate::target::TargetEvent;
 use crate::migrate::transport::{Address, Listener, Security};
+use crate::migrate::{file, target};
 use crate::setup::Devices;
 use crate::storage::{Releases, Takes};
 use crate::vm::host::KvmHost;
@@ -169,6 +169,17 @@ impl Control {
     fn arrive(&self, host: &KvmHost) {
         locked(&self.awaited).machine = host.latest();
         self.arrived.notify_all();
+    }
+
+    /// Goes on with a machine from a file.
+    ///
+    /// # Errors
+    /// If the file is damaged or used up, or this host can't run what is in it.
+    pub fn restore(self: &Arc<Self>, path: &Path) -> Result<()> {
+        let host = self.host()?;
+        file::restore(path, &*host)?;
+        self.arrive(&host);
+        Ok(())
     }
 
     /// Waits until the machine is over, or what was waited for will not come.
@@ -353,6 +364,26 @@ impl Control {
         let releases = Releases::new(&self.disks, commit)?;
         releases.check()?;
         Ok(Some(Arc::new(releases)))
+    }
+
+    /// `POST /v1/vm/save`.
+    ///
+    /// # Errors
+    /// If the file can't be written; the machine goes on then.
+    pub fn save(&self, request: &SaveRequest) -> Result<MigrationInfo> {
+        let machine = self.idle_machine()?;
+        machine.set_storage(self.storage(&request.storage)?);
+        let begun = Instant::now();
+        let bytes = SourceMachine::ram(&*machine).bytes();
+        file::save(&*machine, &request.path)?;
+        let elapsed_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(MigrationInfo {
+            state: "done".into(),
+            to: request.path.display().to_string(),
+            memory_bytes: bytes,
+            elapsed_ms,
+            ..MigrationInfo::default()
+        })
     }
 
     fn options(&self, request: &SendRequest) -> Result<SendOptions> {

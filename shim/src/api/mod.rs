@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `GET /v1/vm` | | [`VmInfo`] |
 //! | `POST /v1/vm/pause` (`resume`, `stop`) | | [`VmInfo`] |
+//! | `POST /v1/vm/save` | [`SaveRequest`] | [`MigrationInfo`] |
 //! | `GET /v1/guest` | | the test guest's report |
 //! | `POST /v1/guest` | [`GuestRequest`] | the test guest's report |
 //! | `POST /v1/migration` | [`SendRequest`] | [`MigrationInfo`] |
@@ -138,6 +139,17 @@ fn default_compression() -> String {
 
 fn default_storage() -> String {
     "keep".into()
+}
+
+/// Asks for the machine to be saved to a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SaveRequest {
+    /// Absolute path of the file, which must not exist.
+    pub path: PathBuf,
+    /// As in [`SendRequest`].
+    #[serde(default = "default_storage")]
+    pub storage: String,
 }
 
 /// Tells the test guest something.

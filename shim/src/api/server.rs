@@ -31,6 +31,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/vm/pause", post(pause))
         .route("/v1/vm/resume", post(resume))
         .route("/v1/vm/stop", post(stop))
+        .route("/v1/vm/save", post(save))
         .route("/v1/guest", get(guest).post(tell_guest))
         .route("/v1/migration", get(migration).post(send))
         .route("/v1/migration/cancel", post(cancel))
@@ -126,6 +127,10 @@ async fn resume(State(control): Shared) -> Response {
 
 async fn stop(State(control): Shared) -> Response {
     answer(control, |control| control.stop()).await
+}
+
+async fn save(State(control): Shared, body: Bytes) -> Response {
+    answer(control, move |control| control.save(&parse(&body)?)).await
 }
 
 async fn guest(State(control): Shared) -> Response {

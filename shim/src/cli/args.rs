@@ -36,8 +36,12 @@ pub enum Command {
     Run(Run),
     /// Waits for a machine, and runs it when it has come.
     Receive(Receive),
+    /// Goes on with a machine that was saved to a file. The file is used up.
+    Restore(Restore),
     /// Sends a running machine to where `receive` waits; shows the steps.
     Send(Send),
+    /// Saves a machine to a file and ends it.
+    Save(Save),
     /// Shows the machine of a process, and its migration.
     Status(Api),
     /// Stops the processors; they can go on.
@@ -137,6 +141,16 @@ pub struct Receive {
     pub insecure_plain_tcp: bool,
 }
 
+/// `restore`.
+#[derive(Debug, Args)]
+pub struct Restore {
+    /// What processes with a machine have in common.
+    #[command(flatten)]
+    pub process: Process,
+    /// The file that `save` has written.
+    pub file: PathBuf,
+}
+
 /// What becomes of the disks when the machine moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StorageArgument {
@@ -227,6 +241,19 @@ pub struct Send {
     /// Return at once; `status` shows how it goes on.
     #[arg(long)]
     pub detach: bool,
+}
+
+/// `save`.
+#[derive(Debug, Args)]
+pub struct Save {
+    /// The process with the machine.
+    #[command(flatten)]
+    pub api: Api,
+    /// The file, which must not exist.
+    pub file: PathBuf,
+    /// What becomes of the disks.
+    #[arg(long, value_enum, default_value = "keep")]
+    pub storage: StorageArgument,
 }
 
 /// `resolve`.

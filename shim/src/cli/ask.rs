@@ -5,11 +5,11 @@ use std::time::Duration;
 use anyhow::Result;
 
 use super::Exit;
-use super::args::{Api, CompressArgument, Guest, OnTimeoutArgument, Resolve, Send};
+use super::args::{Api, CompressArgument, Guest, OnTimeoutArgument, Resolve, Save, Send};
 use super::parts::TlsArgument;
 use super::show::{self, Progress};
 use crate::api::client::Client;
-use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, SendRequest, TlsFiles, VmInfo};
+use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, SaveRequest, SendRequest, TlsFiles, VmInfo};
 use crate::guest::Report;
 use crate::machine::CompatibilityReport;
 
@@ -111,6 +111,23 @@ fn ended(info: &MigrationInfo, progress: &mut Progress, json: bool) -> Result<Ex
             Err(ErrorInfo { kind: kind.into(), message }.into())
         }
     }
+}
+
+/// `save`.
+///
+/// # Errors
+/// If the process can't be asked, or the file can't be written; the machine goes on then.
+pub fn save(save: &Save, json: bool) -> Result<Exit> {
+    let client = Client::new(&save.api.api).with_timeout(LONG);
+    let path = std::path::absolute(&save.file)?;
+    let request = SaveRequest { path, storage: save.storage.name().into() };
+    let info: MigrationInfo = client.post("/v1/vm/save", Some(&request))?;
+    if json {
+        print_json(&info)?;
+    } else {
+        println!("saved to {}: {} of memory", request.path.display(), show::size(info.memory_bytes));
+    }
+    Ok(Exit::Done)
 }
 
 /// `status`.

@@ -58,7 +58,9 @@ fn run(arguments: Arguments) -> anyhow::Result<Exit> {
     match arguments.command {
         Command::Run(run) => process::run(&run),
         Command::Receive(receive) => process::receive(&receive, json),
+        Command::Restore(restore) => process::restore(&restore),
         Command::Send(send) => ask::send(&send, json),
+        Command::Save(save) => ask::save(&save, json),
         Command::Status(api) => ask::status(&api, json),
         Command::Pause(api) => ask::verb(&api, "pause", json),
         Command::Resume(api) => ask::verb(&api, "resume", json),

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use tracing_subscriber::EnvFilter;
 
 use super::Exit;
-use super::args::{Process, Receive, Run};
+use super::args::{Process, Receive, Restore, Run};
 use super::ask::tls_files;
 use crate::api::server;
 use crate::control::{Control, Receiving};
@@ -133,6 +133,17 @@ pub fn receive(receive: &Receive, json: bool) -> Result<Exit> {
     let control = Control::waiting(&receive.process, devices(&receive.process))?;
     control.begin_to_receive(receiving)?;
     serve(&receive.process, control)
+}
+
+/// `restore`.
+///
+/// # Errors
+/// If the file is damaged or was used up, or this host can't run what is in it.
+pub fn restore(restore: &Restore) -> Result<Exit> {
+    prepare(&restore.process)?;
+    let control = Control::waiting(&restore.process, devices(&restore.process))?;
+    control.restore(&restore.file)?;
+    serve(&restore.process, control)
 }
 
 /// Answers until the machine is over or a signal comes.

@@ -10,6 +10,7 @@
 //! | [`source`], `attempt`, `senders`, `handover` | the source: all of it, copying, its threads, giving away |
 //! | [`target`], `door`, `session`, `receivers` | the target: all of it, who comes in, one attempt, its threads |
 //! | [`postcopy`], `userfault`, `late`, `late_session` | running before all pages are there: both sides of it |
+//! | [`file`] | a machine that is saved to a file and woken from it |
 //! | [`progress`] | what is seen of it |
 
 mod attempt;
@@ -17,6 +18,7 @@ pub mod batch;
 pub mod connection;
 pub mod converge;
 mod door;
+pub mod file;
 mod handover;
 pub mod handshake;
 mod late;

@@ -139,3 +139,41 @@ fn it_runs_on_the_target_before_its_memory_is_there() {
     }
     traveller.finish();
 }
+
+#[test]
+fn a_machine_that_was_saved_goes_on_once_from_its_file() {
+    if !has_kvm() {
+        return;
+    }
+    let mut traveller = Traveller::new("96M", GUEST);
+    let file = traveller.folder.path().join("vm.state");
+    for round in 0..3 {
+        std::thread::sleep(Duration::from_millis(200));
+        let saved = traveller.now.call("POST", "/v1/vm/save", Some(&json!({ "path": file }))).unwrap();
+        assert_eq!(saved["state"], "done", "{saved}");
+        assert!(traveller.now.wait_end().unwrap().success(), "{}", traveller.now.log());
+        let mut bytes = std::fs::read(&file).unwrap();
+        let mut arguments = disk_arguments(&traveller.daemon);
+        arguments.push(file.display().to_string());
+        // Damaged, it wakes nothing, and keeps its name.
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&file, &bytes).unwrap();
+        let refused = Shim::start(traveller.folder.path(), "damaged", "restore", &arguments).unwrap_err();
+        assert!(refused.to_string().contains("damaged"), "{refused}");
+        bytes[middle] ^= 1;
+        std::fs::write(&file, &bytes).unwrap();
+        let name = format!("woken{round}");
+        traveller.now = Shim::start(traveller.folder.path(), &name, "restore", &arguments).unwrap();
+        let again = Shim::start(traveller.folder.path(), "again", "restore", &arguments).unwrap_err();
+        assert!(again.to_string().contains("was used"), "{again}");
+        traveller.assert_sound();
+        std::fs::remove_file(traveller.folder.path().join("vm.state.used")).unwrap();
+    }
+    // What can't be written leaves the machine as it was.
+    let nowhere = json!({ "path": "/nowhere/vm.state" });
+    assert!(traveller.now.call("POST", "/v1/vm/save", Some(&nowhere)).is_err());
+    assert_eq!(traveller.now.state(), "running");
+    traveller.travel(json!({ "downtime_ms": 500, "auto_converge": true }));
+    traveller.finish();
+}
