@@ -22,6 +22,17 @@ impl Drop for Server {
     }
 }
 
+/// Its version; `None` where it is not installed.
+pub fn version() -> Option<String> {
+    let output = Command::new("iperf3").arg("--version").output().ok()?;
+    version_in(&String::from_utf8_lossy(&output.stdout)).map(Into::into)
+}
+
+/// `iperf 3.12 (cJSON 1.7.15)` is 3.12.
+fn version_in(said: &str) -> Option<&str> {
+    said.strip_prefix("iperf ")?.split_whitespace().next()
+}
+
 /// Bytes a second that are received over so many connections.
 ///
 /// # Errors
@@ -68,5 +79,12 @@ mod tests {
             r#"{"end": {"sum_sent": {"bits_per_second": 9e9}, "sum_received": {"bits_per_second": 8e9}}}"#;
         assert_eq!(parse(said), Some(1e9));
         assert_eq!(parse("{}"), None);
+        assert_eq!(parse(r#"{"end": {}, "error": "unable to connect"}"#), None);
+    }
+
+    #[test]
+    fn its_version_is_told_from_those_of_its_libraries() {
+        assert_eq!(version_in("iperf 3.12 (cJSON 1.7.15)\nLinux vm"), Some("3.12"));
+        assert_eq!(version_in(""), None);
     }
 }

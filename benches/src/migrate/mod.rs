@@ -53,7 +53,7 @@ pub struct Migrate {
     /// Only this part; repeatable
     #[arg(long = "part", value_enum)]
     pub parts: Vec<Part>,
-    /// Moves of the large machine for each figure of downtime; the small one moves twice as often [default: 20; quick: 4]
+    /// Moves of the large machine for each figure of downtime; the small one moves half as often again [default: 20; quick: 4]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub moves: Option<u32>,
     /// Rounds; each has a turn of everything that is compared [default: 3; quick: 1]
@@ -65,7 +65,8 @@ pub struct Migrate {
     /// Memory of the large machine
     #[arg(long, default_value = "2G", value_parser = parse_size)]
     pub large: u64,
-    /// Seconds after which a machine that writes at one rate is not moved any more, and the table says so [default: 30; quick: 3]
+    /// Seconds after which the large machine is not moved any more while it writes at one rate, and the table says so; half of it
+    /// for the small one [default: 45; quick: 3]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub case_seconds: Option<u32>,
     /// Less of everything, in a minute or so
@@ -96,7 +97,7 @@ impl Migrate {
     }
 
     fn case_seconds(&self) -> f64 {
-        f64::from(self.case_seconds.unwrap_or(if self.quick { 3 } else { 30 }))
+        f64::from(self.case_seconds.unwrap_or(if self.quick { 3 } else { 45 }))
     }
 
     /// Memory of the machine that is sent compressed.

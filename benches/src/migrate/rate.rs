@@ -6,10 +6,10 @@ use serde_json::{Value, json};
 use super::iperf;
 use super::traveller::{Moved, Route, Traveller, Wire};
 use super::{Ask, certificates};
+use crate::interrupt;
 use crate::size::{GIB, show_size};
 use crate::spread::{Spread, maybe_spread};
 use crate::table::Table;
-use crate::{interrupt, machine};
 
 /// Connections that carry memory.
 const CONNECTIONS: [u32; 3] = [1, 2, 4];
@@ -51,7 +51,7 @@ pub fn run(ask: &mut Ask<'_>) -> Result<()> {
             wires.clone().map(|wire| Line { wire, connections: *connections, rounds: Vec::new() })
         })
         .collect();
-    let has_iperf = machine::is_there("iperf3");
+    let iperf = iperf::version();
     let mut loopback = vec![Vec::new(); CONNECTIONS.len()];
     for round in 0..ask.rounds() {
         eprintln!("migrate: copy rate, round {} of {} ...", round + 1, ask.rounds());
@@ -64,10 +64,11 @@ pub fn run(ask: &mut Ask<'_>) -> Result<()> {
             traveller.vm("pause")?;
             anyhow::ensure!(moved.gave_up.is_none(), "an idle machine was not moved: {:?}", moved.gave_up);
             line.rounds.push(moved);
-            if turn % wires.len() == 0 && has_iperf {
-                let index = turn / wires.len();
-                loopback[index]
-                    .push(iperf::measure(CONNECTIONS[index], ask.what.iperf_seconds())? / GIB as f64);
+            // Beside what it is compared with.
+            if matches!(line.wire, Wire::Unix) && iperf.is_some() {
+                let index = CONNECTIONS.iter().position(|count| *count == line.connections).unwrap_or(0);
+                let bytes_per_s = iperf::measure(line.connections, ask.what.iperf_seconds())?;
+                loopback[index].push(bytes_per_s / GIB as f64);
             }
         }
         traveller.vm("resume")?;
@@ -75,11 +76,12 @@ pub fn run(ask: &mut Ask<'_>) -> Result<()> {
         traveller.vm("pause")?;
     }
     traveller.end()?;
-    show(ask, &lines, &loopback, has_iperf);
+    show(ask, &lines, &loopback, iperf.as_deref());
     Ok(())
 }
 
-fn show(ask: &mut Ask<'_>, lines: &[Line], loopback: &[Vec<f64>], has_iperf: bool) {
+fn show(ask: &mut Ask<'_>, lines: &[Line], loopback: &[Vec<f64>], version: Option<&str>) {
+    let has_iperf = version.is_some();
     let mut rates = Table::new(
         0,
         ["connections", "Unix socket", "TCP", "TCP with TLS", "iperf3", "TCP ÷ iperf3", "TLS ÷ iperf3"],
@@ -119,15 +121,15 @@ fn show(ask: &mut Ask<'_>, lines: &[Line], loopback: &[Vec<f64>], has_iperf: boo
     ask.finding.tables.push((heading, rates));
     let heading = "The same: seconds of processor time for each GiB, both sides together".to_owned();
     ask.finding.tables.push((heading, cpu));
-    let version = if has_iperf {
-        format!("iperf3 {}", machine::version_of("iperf3"))
-    } else {
-        "iperf3 is not installed (package iperf3), so the loopback's limit is missing".into()
-    };
+    let version = version.map_or_else(
+        || "iperf3 is not installed (package iperf3), so the loopback's limit is missing".into(),
+        |version| format!(
+            "iperf3 {version} sends the same few buffers again and again, out of the processor's caches, which memory that is copied once can't be"
+        ),
+    );
     ask.finding.notes.push(format!(
         "Copy rate: all of the {size} was filled with data that can't be compressed, then the processors were paused; the rate is that of \
-         the first round, as kvm-shim tells it. {version}; it sends the same few buffers again and again, out of the \
-         processor's caches, which memory that is copied once can't be.",
+         the first round, as kvm-shim tells it. {version}.",
     ));
     ask.figures.insert("copy rate".into(), figures.into());
 }
