@@ -13,6 +13,7 @@ use crate::copy::{self, Copying};
 use crate::finding::Finding;
 use crate::first_writes::{self, FirstWrites};
 use crate::machine::Machine;
+use crate::migrate::{self, Migrate};
 use crate::report::Comparison;
 use crate::scale::{self, Scale};
 use crate::serve::{self, Place, Serve};
@@ -42,6 +43,8 @@ pub enum Part {
     Switch,
     /// More disks, queues, larger images
     Scale,
+    /// Running machines moved from process to process
+    Migrate,
 }
 
 /// Everything that can be asked for.
@@ -266,6 +269,7 @@ fn answer(part: Part, all: &All, memory: &Common, results: &mut Results) -> Resu
         Part::Chain => results.add_finding(chains(memory, effort, all.serve.size)?),
         Part::Switch => results.add_finding(switch::run(memory, &all.switch)?),
         Part::Scale => results.add_finding(scale::run(memory, &all.scale, effort)?),
+        Part::Migrate => results.add_finding(migrate::run(memory, &Migrate::usual())?),
     }
     Ok(())
 }

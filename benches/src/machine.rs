@@ -186,6 +186,15 @@ fn mount_of(mountinfo: &str, path: &Path) -> Option<(String, String)> {
     best.map(|(_, kind, device)| (kind, device))
 }
 
+/// Bytes of memory that programs can have without others being pushed out (proc(5), `MemAvailable`).
+///
+/// # Errors
+/// When the system does not tell.
+pub fn available_memory() -> Result<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").context("read /proc/meminfo")?;
+    field(&meminfo, "MemAvailable").and_then(kib).context("/proc/meminfo tells no MemAvailable")
+}
+
 /// Fails unless `dir` has room for this many bytes.
 ///
 /// # Errors

@@ -6,6 +6,8 @@
 //!    ├── serve, first_writes,    load alone: daemons (served) behind a lean front end (drive), fio, syncs counted
 //!    │   scale, switch           (sync_count); a finding has tables, and goals to hold its ratios against
 //!    │
+//!    ├── migrate                  running machines moved between processes of kvm-shim (traveller), beside iperf3
+//!    │
 //!    ├── copy                     copies without a guest: blockd, blockctl, qemu-img, fio, qemu-storage-daemon
 //!    │
 //!    └── moving, thin            one move by each contender
@@ -35,6 +37,7 @@ mod first_writes;
 mod interrupt;
 mod load;
 mod machine;
+mod migrate;
 mod moving;
 mod plot;
 mod process;
@@ -208,6 +211,16 @@ enum Question {
         #[arg(long)]
         json: Option<PathBuf>,
     },
+    /// Running machines are moved from process to process: copy rate, downtime, what it costs the guest
+    Migrate {
+        #[command(flatten)]
+        common: Common,
+        #[command(flatten)]
+        migrate: migrate::Migrate,
+        /// Also write the figures to this file
+        #[arg(long)]
+        json: Option<PathBuf>,
+    },
     /// Everything, as a page with its figures and a plot beside it
     #[command(visible_alias = "all")]
     Results(Box<All>),
@@ -271,6 +284,9 @@ fn answer(question: Question) -> Result<bool> {
                 std::fs::write(path, serde_json::to_vec_pretty(&answers)?)?;
             }
             true
+        }
+        Question::Migrate { common, migrate, json } => {
+            tell(&common.memory_dir(), json, || migrate::run(&common, &migrate))?
         }
         Question::Results(all) => all::run(&all)?,
     };

@@ -151,6 +151,56 @@ fn copies_are_measured_and_are_what_was_copied() {
     }
 }
 
+/// Whether `kvm-shim` is built and can run machines here.
+fn can_run_machines() -> bool {
+    if let Err(error) = system_tests::daemon::binary("kvm-shim", "KVM_SHIM") {
+        println!("SKIPPED: {error:#}");
+        return false;
+    }
+    system_tests::machine::has_kvm()
+}
+
+#[test]
+fn machines_that_move_are_measured_and_verified() {
+    if !can_run_machines() {
+        return;
+    }
+    let arguments =
+        ["migrate", "--quick", "--small", "32M", "--large", "32M", "--moves", "2", "--case-seconds", "1"];
+    let Some(finding) = ask(&arguments) else { return };
+    let figures = finding["figures"].as_object().unwrap();
+    let rates = figures["copy rate"].as_array().unwrap();
+    let wires: Vec<_> = rates.iter().filter(|line| line["wire"] != "iperf3").collect();
+    assert_eq!(wires.len(), 9, "three wires with three numbers of connections");
+    for line in wires {
+        assert!(line["gib_per_s"][0].as_f64().unwrap() > 0.0, "{line}");
+    }
+    let downtime = figures["downtime"].as_array().unwrap();
+    assert_eq!(downtime.len(), 12, "two sizes, four rates, the small one with and without a disk");
+    let idle = downtime.iter().find(|case| case["case"] == "32 MiB, idle").unwrap();
+    assert!(idle["downtime_ms"][0].as_f64().unwrap() > 0.0, "{idle}");
+    for case in figures["logging"].as_array().unwrap() {
+        let visits = case["rounds"][0]["visits_per_s"].as_array().unwrap();
+        assert!(visits.len() == 3 && visits.iter().all(|rate| rate.as_f64().unwrap() > 0.0), "{case}");
+    }
+    assert_eq!(figures["compression"].as_array().unwrap().len(), 6);
+    assert_eq!(figures["postcopy"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn a_machine_that_cannot_be_made_is_refused_with_a_way_out() {
+    if !can_run_machines() {
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_blockd-bench"))
+        .args(["migrate", "--large", "17M"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let complained = String::from_utf8_lossy(&output.stderr);
+    assert!(complained.contains("--large") && complained.contains("multiple of 2M"), "{complained}");
+}
+
 #[test]
 fn a_disk_that_does_not_fit_is_refused_with_a_way_out() {
     if system_tests::daemon::binary("blockd", "BLOCKD_BIN").is_err() {
