@@ -250,8 +250,8 @@ impl<'a> Disk<'a> {
         if u64::from(in_flight) != get!(self.report.record, in_flight) {
             set!(self.report.record, in_flight, in_flight.into());
         }
-        // A clock that went back has nothing to say of how long it takes.
-        if in_flight == 0 || now < self.progress_at {
+        // Nor does the beginning, or a clock that went back, say how long anything takes.
+        if in_flight == 0 || self.progress_at == 0 || now < self.progress_at {
             self.progress_at = now;
         }
         let gap_us = (now - self.progress_at) / (self.tsc_khz / 1000).max(1);
