@@ -90,12 +90,15 @@ impl Setup {
     /// Packs the guest's root into `path`.
     pub fn pack_initramfs(&self, path: &Path) -> Result<()> {
         let programs = ["mkfs.ext4", "e2fsck"].map(|name| initramfs::installed(name, "e2fsprogs"));
-        self.pack(path, &Contents {
-            init: INIT,
-            modules: &["virtio_pci", "virtio_blk"],
-            programs: programs.into_iter().collect::<Result<_>>()?,
-            files: Vec::new(),
-        })
+        self.pack(
+            path,
+            &Contents {
+                init: INIT,
+                modules: &["virtio_pci", "virtio_blk"],
+                programs: programs.into_iter().collect::<Result<_>>()?,
+                files: Vec::new(),
+            },
+        )
     }
 
     fn pack(&self, path: &Path, contents: &Contents<'_>) -> Result<()> {
