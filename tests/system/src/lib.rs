@@ -15,6 +15,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `BLOCKD_BIN` | the daemon's binary; else `blockd` beside the test's own executable |
+//! | `BLOCKCTL_BIN` | the command-line tool; else the one beside the test's own executable |
 //! | `KVM_SHIM` | the binary of `kvm-shim`; else the one beside the test's own executable |
 //! | `BLOCKD_GUEST_DIR` | where `.ci/guest-setup` put QEMU and the kernel; else `blockd-guest` in the cache folder |
 //! | `BLOCKD_TEST_SEED` | added to the seed of every random choice, for soaking: each number is another run |
