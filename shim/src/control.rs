@@ -375,7 +375,7 @@ impl Control {
         machine.set_storage(self.storage(&request.storage)?);
         let begun = Instant::now();
         let bytes = SourceMachine::ram(&*machine).bytes();
-        file::save(&*machine, &request.path)?;
+        file::save(&*machine, &request.path, Compression::None)?;
         let elapsed_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(MigrationInfo {
             state: "done".into(),

@@ -86,6 +86,8 @@ impl Attempt<'_> {
         match copied {
             Ok((rounds, late)) => Ok(Copied { control, rounds, late }),
             Err(stop) => {
+                // What went wrong after that is no news.
+                let stop = if self.cancel.is_cancelled() { Stop::Cancelled } else { stop };
                 // If it does not get there, the target notices that the connection ends.
                 let _ = control.send(&Message::Abort(match &stop {
                     Stop::Cancelled => "the migration was cancelled".into(),
@@ -318,7 +320,10 @@ impl Rounds<'_, '_, '_> {
                 }
             };
             match message {
-                Some(Message::RoundReceived(end)) if end.round == self.number => break,
+                Some(Message::RoundReceived(end)) => {
+                    round.check_received(&end, self.senders.connections())?;
+                    break;
+                }
                 Some(other) => return Err(unexpected(&other, "that the round has arrived").into()),
                 None => {}
             }

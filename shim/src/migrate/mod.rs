@@ -10,7 +10,7 @@
 //! | [`source`], `attempt`, `senders`, `handover` | the source: all of it, copying, its threads, giving away |
 //! | [`target`], `door`, `session`, `receivers` | the target: all of it, who comes in, one attempt, its threads |
 //! | [`postcopy`], `userfault`, `late`, `late_session` | running before all pages are there: both sides of it |
-//! | [`file`] | a machine that is saved to a file and woken from it |
+//! | [`file`] | quick migration: a machine in a file |
 //! | [`progress`] | what is seen of it |
 
 mod attempt;
@@ -39,6 +39,7 @@ pub mod wire;
 
 pub use batch::Compression;
 pub use converge::OnTimeout;
+pub use file::{Restored, SaveReport, restore, save};
 pub use progress::{CancelToken, Observer, Progress, Step};
 pub use record::{Place, SourceRecord};
 pub use senders::CONNECTIONS_MAX;

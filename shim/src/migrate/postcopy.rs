@@ -197,8 +197,9 @@ impl Late {
                 continue;
             }
             drop(waits);
-            // It is just being put there, or was a moment ago: whoever waits looks again. Or it never was missing and is zero.
-            if self.late.contains(page) || self.userfault.zero(&self.ram, page)? == Put::Exists {
+            // Somebody is just putting it there, which wakes who waits: waking them now would only make them ask again. Or it
+            // never was missing and is zero.
+            if !self.late.contains(page) && self.userfault.zero(&self.ram, page)? == Put::Exists {
                 self.userfault.wake(&self.ram, page)?;
             }
         }

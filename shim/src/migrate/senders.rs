@@ -35,11 +35,49 @@ pub(super) struct Round {
     pub live: bool,
     /// Words of the set that threads have taken so far.
     next: AtomicU64,
+    /// What threads that are through have sent in it.
+    sent: Mutex<Sent>,
+}
+
+/// What was sent in a round.
+#[derive(Debug, Clone, Copy, Default)]
+struct Sent {
+    connections: usize,
+    batches: u64,
+    pages: u64,
 }
 
 impl Round {
     pub fn new(number: u32, set: PageSet, live: bool) -> Self {
-        Self { number, set, live, next: AtomicU64::new(0) }
+        Self { number, set, live, next: AtomicU64::new(0), sent: Mutex::default() }
+    }
+
+    /// One more connection has sent its part.
+    fn note_end(&self, end: &RoundEnd) {
+        let mut sent = self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        sent.connections += 1;
+        sent.batches += end.batches;
+        sent.pages += end.pages;
+    }
+
+    /// Checks the target's word that the round has arrived.
+    ///
+    /// # Errors
+    /// If something else was sent.
+    pub fn check_received(&self, end: &RoundEnd, connections: usize) -> Result<()> {
+        let sent = *self.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        ensure!(
+            end.round == self.number
+                && sent.connections == connections
+                && (end.batches, end.pages) == (sent.batches, sent.pages),
+            "the target says that {} pages of round {} have arrived, but not all was sent, or something else ({} pages so far in \
+             round {})",
+            end.pages,
+            end.round,
+            sent.pages,
+            self.number
+        );
+        Ok(())
     }
 
     /// The next words for a thread: the place of the first, and the words.
@@ -163,6 +201,11 @@ impl<'scope> Senders<'scope> {
         Ok(senders)
     }
 
+    /// How many there are.
+    pub fn connections(&self) -> usize {
+        self.queues.len()
+    }
+
     /// Gives all threads a round.
     pub fn begin(&self, round: &Arc<Round>) -> Result<()> {
         for queue in &self.queues {
@@ -233,6 +276,8 @@ impl Sender<'_, '_> {
         }
         self.flush(round.number)?;
         let end = RoundEnd { round: round.number, batches: self.batches, pages: self.pages };
+        // Before the target can know of it.
+        round.note_end(&end);
         self.connection.send(&Message::RoundEnd(end))
     }
 

@@ -18,6 +18,15 @@ pub enum Cut {
     After,
 }
 
+/// At which message it is cut, from 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Of all.
+    Message(u64),
+    /// Of those of a kind.
+    Kind(u16, u64),
+}
+
 struct State {
     to: PathBuf,
     how: Cut,
@@ -40,13 +49,17 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub fn start(dir: &Path, to: &Path, how: Cut, at: u64, stay_down: bool) -> Self {
-        Self::start_with(dir, to, how, at, stay_down, None)
-    }
-
     /// Cuts for good at the first message of a kind.
     pub fn start_at_kind(dir: &Path, to: &Path, how: Cut, kind: u16) -> Self {
         Self::start_with(dir, to, how, 0, true, Some(kind))
+    }
+
+    /// Cuts where it is said.
+    pub fn start_at(dir: &Path, to: &Path, how: Cut, place: Place, stay_down: bool) -> Self {
+        match place {
+            Place::Message(at) => Self::start_with(dir, to, how, at, stay_down, None),
+            Place::Kind(kind, nth) => Self::start_with(dir, to, how, nth, stay_down, Some(kind)),
+        }
     }
 
     fn start_with(dir: &Path, to: &Path, how: Cut, at: u64, stay_down: bool, only: Option<u16>) -> Self {

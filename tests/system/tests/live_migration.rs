@@ -160,15 +160,16 @@ fn a_machine_that_was_saved_goes_on_once_from_its_file() {
         bytes[middle] ^= 1;
         std::fs::write(&file, &bytes).unwrap();
         let refused = Shim::start(traveller.folder.path(), "damaged", "restore", &arguments).unwrap_err();
-        assert!(refused.to_string().contains("damaged"), "{refused}");
+        assert!(refused.to_string().contains("vm.state"), "{refused}");
+        assert!(file.exists());
         bytes[middle] ^= 1;
         std::fs::write(&file, &bytes).unwrap();
         let name = format!("woken{round}");
         traveller.now = Shim::start(traveller.folder.path(), &name, "restore", &arguments).unwrap();
         let again = Shim::start(traveller.folder.path(), "again", "restore", &arguments).unwrap_err();
-        assert!(again.to_string().contains("was used"), "{again}");
+        assert!(again.to_string().contains("vm.state"), "{again}");
         traveller.assert_sound();
-        std::fs::remove_file(traveller.folder.path().join("vm.state.used")).unwrap();
+        std::fs::remove_file(traveller.folder.path().join("vm.state.restored")).unwrap();
     }
     // What can't be written leaves the machine as it was.
     let nowhere = json!({ "path": "/nowhere/vm.state" });
