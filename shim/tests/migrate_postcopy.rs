@@ -96,7 +96,7 @@ fn a_machine_that_runs_early_sees_only_right_pages() {
         let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
         // Almost every page is written while the others are copied.
         let source = FakeSource::new(&world, 8 << 20, Log::Manual, 20_000);
-        *world.restore_reads.lock().expect("nobody panics with it") = vec![0, 7, 1500, 2047];
+        *world.restore_reads.lock().expect("nobody panics with it") = (0..512).collect();
         let target = Target::start(&world, &unix(dir.path()), &Security::default(), dir.path());
         let processors = Processors::wait_to_run(&world, source.ram());
         let mut options = late(&target.address, dir.path());
@@ -149,8 +149,11 @@ fn a_cut_at_any_message_in_post_copy_is_healed() {
     // State to running, and what only post-copy has: missing, complete, armed.
     let kinds = [11, 12, 13, 14, 21, 24, 25].map(|kind| Place::Kind(kind, 0));
     // From where the rounds of copying end, more or less.
-    let places: Vec<_> = kinds.into_iter().chain((15..50).map(Place::Message)).collect();
-    for how in [Cut::Before, Cut::After] {
+    let messages = (15..50).map(Place::Message);
+    for (how, places) in
+        [(Cut::Before, kinds.into_iter().chain(messages).collect()), (Cut::After, kinds.to_vec())]
+    {
+        let places: Vec<Place> = places;
         let next = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..8 {

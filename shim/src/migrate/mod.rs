@@ -10,6 +10,7 @@
 //! | [`source`], `attempt`, `senders`, `handover` | the source: all of it, copying, its threads, giving away |
 //! | [`target`], `door`, `session`, `receivers` | the target: all of it, who comes in, one attempt, its threads |
 //! | [`postcopy`], `userfault`, `late`, `late_session` | running before all pages are there: both sides of it |
+//! | [`file`] | quick migration: a machine in a file |
 //! | [`progress`] | what is seen of it |
 
 mod attempt;
@@ -17,6 +18,7 @@ pub mod batch;
 pub mod connection;
 pub mod converge;
 mod door;
+pub mod file;
 mod handover;
 pub mod handshake;
 mod late;
@@ -37,6 +39,7 @@ pub mod wire;
 
 pub use batch::Compression;
 pub use converge::OnTimeout;
+pub use file::{Restored, SaveReport, restore, save};
 pub use progress::{CancelToken, Observer, Progress, Step};
 pub use record::{Place, SourceRecord};
 pub use senders::CONNECTIONS_MAX;

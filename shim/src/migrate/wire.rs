@@ -218,6 +218,14 @@ pub enum Message {
 
 /// Kind of a message that carries pages.
 pub const KIND_PAGES: u16 = 7;
+/// Kind of the state, of which files have one as well.
+pub const KIND_STATE: u16 = 11;
+/// Kind of what is handed over with the storage, of which files have one as well.
+pub const KIND_COMMIT: u16 = 13;
+/// Kind that begins a saved machine, in files only.
+pub const KIND_SAVE_BEGIN: u16 = 40;
+/// Kind that ends a saved machine, in files only.
+pub const KIND_SAVE_END: u16 = 41;
 
 /// Name and limit of each kind.
 const KINDS: &[(u16, &str, usize)] = &[
@@ -231,9 +239,9 @@ const KINDS: &[(u16, &str, usize)] = &[
     (8, "round-end", CONTROL_MAX),
     (9, "round-received", CONTROL_MAX),
     (10, "paused", CONTROL_MAX),
-    (11, "state", STATE_MAX),
+    (KIND_STATE, "state", STATE_MAX),
     (12, "prepared", CONTROL_MAX),
-    (13, "commit", HANDOVER_MAX),
+    (KIND_COMMIT, "commit", HANDOVER_MAX),
     (14, "running", CONTROL_MAX),
     (15, "gone", CONTROL_MAX),
     (16, "refused", CONTROL_MAX),
@@ -246,6 +254,8 @@ const KINDS: &[(u16, &str, usize)] = &[
     (23, "still-missing", PAGE_SET_MAX),
     (24, "complete", CONTROL_MAX),
     (25, "armed", CONTROL_MAX),
+    (KIND_SAVE_BEGIN, "save-begin", DESCRIPTION_MAX),
+    (KIND_SAVE_END, "save-end", CONTROL_MAX),
 ];
 
 /// A header that was checked.
