@@ -133,7 +133,7 @@ fn write(
     path: &Path,
     unfinished: &Path,
     compression: Compression,
-    released: &mut bool,
+    done: &mut Done,
 ) -> Result<SaveReport> {
     let mut writer = Writer { file: BufWriter::new(open_private(unfinished)?), bytes: 0 };
     writer.write(&FILE_MAGIC)?;
