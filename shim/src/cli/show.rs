@@ -3,7 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::time::Duration;
 
-use crate::api::{MigrationInfo, VmInfo};
+use crate::api::{MigrationInfo, STEPS, VmInfo};
 use crate::machine::CompatibilityReport;
 
 /// `64.0 MiB` and the like.
@@ -65,6 +65,7 @@ impl Progress {
     pub fn show(&mut self, info: &MigrationInfo) {
         let now = (info.step, info.round);
         let changed = now != self.shown && info.step > 0;
+        self.show_steps_until(info.step.saturating_sub(1));
         if std::io::stderr().is_terminal() {
             if changed && info.step != self.shown.0 {
                 self.end_line();
@@ -84,8 +85,23 @@ impl Progress {
         }
     }
 
+    /// Steps that were over before anybody could look are shown as well.
+    fn show_steps_until(&mut self, step: u32) {
+        if self.shown.0 < step {
+            self.end_line();
+        }
+        while self.shown.0 < step {
+            let name = STEPS.get(self.shown.0 as usize).copied().unwrap_or("");
+            self.shown.0 += 1;
+            eprintln!("step {} of 8: {name}", self.shown.0);
+        }
+    }
+
     /// Shows how it ended.
     pub fn end(&mut self, info: &MigrationInfo) {
+        if info.state == "done" {
+            self.show_steps_until(STEPS.len() as u32);
+        }
         self.end_line();
         if info.state == "done" {
             println!("{}", summary(info));
