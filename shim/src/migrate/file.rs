@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::{BatchBuilder, Compression, Packer, Unpacker};
 use super::record::{open_private, sync_directory};
-use super::senders::present_pages;
+use super::senders::Presence;
 use super::wire::{
     HANDOVER_MAX, HEADER_BYTES, Header, KIND_COMMIT, KIND_PAGES, KIND_SAVE_BEGIN, KIND_SAVE_END, KIND_STATE,
     MigrationId, STATE_MAX, kind_name,
@@ -194,10 +194,10 @@ fn write_pages(writer: &mut Writer, ram: &GuestRam, compression: Compression) ->
         Ok(())
     };
     let words = ram.pages().div_ceil(64);
+    let mut presence = Presence::new();
     for at in (0..words).step_by(CHUNK_WORDS as usize) {
         let first = at * 64;
-        for (i, word) in
-            present_pages(ram, first, CHUNK_WORDS.min(words - at) as usize).into_iter().enumerate()
+        for (i, word) in presence.of(ram, first, CHUNK_WORDS.min(words - at) as usize).into_iter().enumerate()
         {
             for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
                 let page = first + i as u64 * 64 + bit;
