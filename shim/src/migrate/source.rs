@@ -21,8 +21,9 @@ use super::transport::{Address, Connector, Security};
 use super::wire::{Message, MigrationId, Plan, Role};
 use crate::machine::{CompatibilityReport, Description, SourceMachine};
 
-/// How long a silent peer is waited for, unless said otherwise.
-pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a silent peer is waited for, unless said otherwise. A host that is gone is noticed sooner, by the connection; a host
+/// whose processors are all taken by machines may say nothing for the better part of a minute.
+pub const DEFAULT_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a target is looked for after a loss that came with the commit, unless said otherwise.
 pub const DEFAULT_RECONNECT: Duration = Duration::from_secs(30);
 

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,6 +22,13 @@ pub fn has_kvm() -> bool {
         println!("SKIPPED: /dev/kvm can't be used ({error}), so no machine was run");
     }
     opened.is_ok()
+}
+
+/// Held by a test while its machines run: with more busy processors of guests than the host has, a host whose KVM is
+/// paravirtual stops to get anything else done for tens of seconds.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A process of `kvm-shim` with a machine, or waiting for one. Killed when dropped.

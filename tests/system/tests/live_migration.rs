@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use system_tests::machine::{Shim, has_kvm};
+use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -86,6 +86,7 @@ fn two_hundred_moves_to_and_fro_carry_memory_and_disk_exactly() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut traveller = Traveller::new("96M", GUEST);
     let mut stood_still = Vec::new();
     let began = Instant::now();
@@ -113,6 +114,7 @@ fn it_runs_on_the_target_before_its_memory_is_there() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut traveller = Traveller::new("96M", GUEST);
     for _ in 0..5 {
         // So slow that copying can't keep up with the guest.
@@ -145,6 +147,7 @@ fn a_machine_that_was_saved_goes_on_once_from_its_file() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut traveller = Traveller::new("96M", GUEST);
     let file = traveller.folder.path().join("vm.state");
     for round in 0..3 {

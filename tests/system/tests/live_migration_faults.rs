@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
-use system_tests::machine::{Shim, has_kvm};
+use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -108,6 +108,7 @@ fn the_death_of_the_target_at_any_moment_leaves_the_machine_where_it_is() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let mut now = place.start();
     let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(7));
@@ -152,6 +153,7 @@ fn the_death_of_the_source_leaves_the_machine_on_one_side_or_none_and_the_disk_w
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(8));
     let (mut went, mut died) = (0, 0);
@@ -190,6 +192,7 @@ fn a_move_that_is_cancelled_at_any_moment_has_never_been() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let mut now = place.start();
     let mut random = ChaCha8Rng::seed_from_u64(system_tests::seed(9));
@@ -224,6 +227,7 @@ fn a_guest_that_writes_too_fast_makes_the_move_give_up_in_time_and_slowing_it_do
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let now = place.start();
     now.call("POST", "/v1/guest", Some(&json!({ "rate": 0 }))).unwrap();
@@ -254,6 +258,7 @@ fn the_disks_daemon_may_die_while_the_machine_runs_and_while_it_moves() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let mut now = place.start();
     for _ in 0..3 {
@@ -288,6 +293,7 @@ fn what_stands_in_the_way_is_said_before_anything_moves() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut place = Place::new();
     let now = place.start();
     let (fits, request) = place.receiver("root");

@@ -8,7 +8,7 @@ use std::time::Duration;
 use blockd_api::{Job, MoveRequest};
 use serde_json::{Value, json};
 use system_tests::daemon::DiskSpec;
-use system_tests::machine::{Shim, has_kvm};
+use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -117,6 +117,7 @@ fn on_shared_storage_the_image_changes_hands_and_no_write_is_lost() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     for kind in Image::formats() {
         let mut hosts = Hosts::new(kind);
         let mut longest = 0;
@@ -136,6 +137,7 @@ fn a_mirrored_disk_is_committed_while_the_machine_stands_still() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut hosts = Hosts::new(Image::DynamicVhdx);
     let mut longest = 0;
     for round in 0..4 {
@@ -170,6 +172,7 @@ fn a_target_whose_daemon_is_away_gives_the_machine_and_its_disk_back() {
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut hosts = Hosts::new(Image::DynamicVhdx);
     hosts.assert_works();
     let (next, listen) = hosts.receiver(1);
@@ -193,6 +196,7 @@ fn a_disk_that_is_not_synced_or_has_no_daemon_is_refused_before_anything_moves()
     if !has_kvm() {
         return;
     }
+    let _alone = alone();
     let mut hosts = Hosts::new(Image::DynamicVhdx);
     let (_next, listen) = hosts.receiver(1);
     for (storage, word) in [("commit", "--switch manual"), ("elsewhere", "elsewhere")] {
