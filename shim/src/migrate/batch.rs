@@ -7,6 +7,8 @@
 //! .. content of the data runs in their order
 //! ```
 
+use std::os::unix::fs::FileExt;
+
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
@@ -363,19 +365,26 @@ impl Batch<'_> {
     }
 
     /// Puts the pages into a memory that nobody uses yet.
-    pub fn apply(&self, ram: &GuestRam) {
-        const ZEROES: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
-        let applied = self.for_each(|run, content| {
+    ///
+    /// # Errors
+    /// If the host has no memory left.
+    pub fn apply(&self, ram: &GuestRam) -> Result<()> {
+        self.for_each(|run, content| {
             if run.zero {
                 for page in run.first..run.first + u64::from(run.pages) {
-                    ram.write_pages(page, &ZEROES);
+                    ram.write_pages(page, &[0; PAGE_BYTES]);
                 }
-            } else {
+            } else if ram.huge_pages() {
                 ram.write_pages(run.first, content);
+            } else {
+                // Through the file, as whoever writes to the mapping takes a fault for each page that is not there yet, which
+                // costs more than the copy. The kernel does not write files of huge pages.
+                ram.file()
+                    .write_all_at(content, run.first * PAGE_BYTES as u64)
+                    .context("put pages into the guest's memory")?;
             }
             Ok(())
-        });
-        debug_assert!(applied.is_ok(), "writing into memory does not fail");
+        })
     }
 }
 
@@ -416,7 +425,7 @@ mod tests {
                 assert!(body.len() <= BATCH_BODY_MAX);
                 let batch = unpacker.unpack(&body, from.pages()).expect("unpacks");
                 assert_eq!(batch.round, 3);
-                batch.apply(&to);
+                batch.apply(&to).expect("there is memory");
                 builder.clear(3);
             };
             for page in 0..from.pages() {

@@ -16,8 +16,8 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use serde::{Deserialize, Serialize};
 
 use super::batch::{BatchBuilder, Compression, Packer, Unpacker};
+use super::presence::Presence;
 use super::record::{open_private, sync_directory};
-use super::senders::Presence;
 use super::wire::{
     HANDOVER_MAX, HEADER_BYTES, Header, KIND_COMMIT, KIND_PAGES, KIND_SAVE_BEGIN, KIND_SAVE_END, KIND_STATE,
     MigrationId, STATE_MAX, kind_name,
@@ -193,11 +193,11 @@ fn write_pages(writer: &mut Writer, ram: &GuestRam, compression: Compression) ->
         builder.clear(0);
         Ok(())
     };
-    let words = ram.pages().div_ceil(64);
-    let mut presence = Presence::new();
+    let (words, mut presence) = (ram.pages().div_ceil(64), Presence::default());
     for at in (0..words).step_by(CHUNK_WORDS as usize) {
         let first = at * 64;
-        for (i, word) in presence.of(ram, first, CHUNK_WORDS.min(words - at) as usize).into_iter().enumerate()
+        for (i, word) in
+            presence.pages(ram, first, CHUNK_WORDS.min(words - at) as usize).into_iter().enumerate()
         {
             for bit in (0..64).filter(|bit| word >> bit & 1 == 1) {
                 let page = first + i as u64 * 64 + bit;
@@ -360,7 +360,7 @@ impl Reader {
             match self.message()? {
                 (KIND_PAGES, body) => {
                     let batch = unpacker.unpack(&body, ram.pages()).context("the file is damaged")?;
-                    batch.apply(&ram);
+                    batch.apply(&ram)?;
                     seen.batches += 1;
                     seen.pages += batch.pages();
                 }

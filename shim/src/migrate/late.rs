@@ -10,7 +10,8 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::batch::{BatchBuilder, Compression, Packer};
 use super::connection::Connection;
-use super::senders::{Bandwidth, Presence};
+use super::presence::Presence;
+use super::senders::Bandwidth;
 use super::shared_set::SharedSet;
 use super::source::{PostcopyReport, SendOptions};
 use super::transport::{Closer, TICK};
@@ -171,23 +172,22 @@ impl Push<'_> {
     fn run(&self, connection: &mut Connection) -> Result<()> {
         let (mut packer, mut builder) = (Packer::new(self.compression)?, BatchBuilder::new(self.round));
         let mut end = RoundEnd { round: self.round, batches: 0, pages: 0 };
-        let mut presence = Presence::new();
-        let words = self.ram.pages().div_ceil(64);
+        let (words, mut presence) = (self.ram.pages().div_ceil(64), Presence::default());
         loop {
             let at = self.next.fetch_add(CHUNK_WORDS, Ordering::Relaxed);
             if at >= words {
                 break;
             }
-            self.push_chunk(at, words.min(at + CHUNK_WORDS) - at, &mut builder, &mut presence);
+            self.push_chunk(at, words.min(at + CHUNK_WORDS) - at, &mut presence, &mut builder);
             self.flush(connection, &mut builder, &mut packer, &mut end)?;
         }
         connection.send(&Message::RoundEnd(end))
     }
 
     /// A chunk fits into one batch: each page is in it once.
-    fn push_chunk(&self, at: u64, words: u64, builder: &mut BatchBuilder, presence: &mut Presence) {
+    fn push_chunk(&self, at: u64, words: u64, presence: &mut Presence, builder: &mut BatchBuilder) {
         let first = at * 64;
-        let present = presence.of(self.ram, first, words as usize);
+        let present = presence.pages(self.ram, first, words as usize);
         for page in first..(first + words * 64).min(self.ram.pages()) {
             if self.todo.remove(page) {
                 let index = page - first;

@@ -10,7 +10,7 @@
 //! | [`source`], `attempt`, `senders`, `handover` | the source: all of it, copying, its threads, giving away |
 //! | [`target`], `door`, `session`, `receivers` | the target: all of it, who comes in, one attempt, its threads |
 //! | [`postcopy`], `userfault`, `late`, `late_session` | running before all pages are there: both sides of it |
-//! | [`file`] | quick migration: a machine in a file |
+//! | [`mod@file`] | quick migration: a machine in a file |
 //! | [`progress`] | what is seen of it |
 
 mod attempt;
@@ -24,6 +24,7 @@ pub mod handshake;
 mod late;
 mod late_session;
 pub mod postcopy;
+mod presence;
 pub mod progress;
 mod receivers;
 pub mod record;

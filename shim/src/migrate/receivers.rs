@@ -47,10 +47,7 @@ impl Sink {
     fn apply(&self, batch: &Batch<'_>) -> Result<()> {
         match self.late.get() {
             Some(late) => late.apply(batch),
-            None => {
-                batch.apply(&self.ram);
-                Ok(())
-            }
+            None => batch.apply(&self.ram),
         }
     }
 }

@@ -1,7 +1,5 @@
 //! The threads of the source that read pages and send them, one for each connection.
 
-use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,12 +10,13 @@ use anyhow::{Context, Result, ensure};
 
 use super::batch::{BatchBuilder, Compression, Packer};
 use super::connection::Connection;
+use super::presence::Presence;
 use super::shared_set::SharedSet;
 use super::transport::{Closer, TICK};
 use super::wire::{Message, RoundEnd};
 use crate::machine::SourceMachine;
 use crate::memory::GuestRam;
-use crate::pages::{PAGE_BYTES, PageSet};
+use crate::pages::PageSet;
 
 /// Words of a set of pages that one thread takes at once: 1024 pages, 4 MiB.
 const CHUNK_WORDS: usize = 16;
@@ -189,13 +188,13 @@ impl<'scope> Senders<'scope> {
             let failed = failed.clone();
             let packer = Packer::new(common.compression)?;
             senders.threads.push(scope.spawn(move || {
-                let builder = BatchBuilder::new(0);
+                let (builder, presence) = (BatchBuilder::new(0), Presence::default());
                 let mut sender = Sender {
                     common,
                     connection: &mut connection,
                     packer,
                     builder,
-                    presence: Presence::new(),
+                    presence,
                     batches: 0,
                     pages: 0,
                 };
@@ -300,7 +299,7 @@ impl Sender<'_, '_> {
             common.machine.before_copy(first, words).context("watch pages again before they are sent")?;
         }
         let ram = common.machine.ram();
-        let present = self.presence.of(ram, first, words.len());
+        let present = self.presence.pages(ram, first, words.len());
         for (i, (word, present)) in words.iter().zip(present).enumerate() {
             let mut rest = *word;
             while rest != 0 {
@@ -353,97 +352,9 @@ impl Sender<'_, '_> {
     }
 }
 
-/// Which pages of a memory have memory of the host behind them. The others are zero, and reading them would take memory from
-/// the host for nothing.
-///
-/// The kernel looks for the end of data page by page, to the end of the memory if there is no hole, so what it found once is
-/// remembered: asked anew for each chunk, that took most of the time of a copy.
-pub(super) struct Presence {
-    /// Bytes, from a place that was asked for to a hole, that are all there.
-    data: Range<u64>,
-}
-
-impl Presence {
-    /// Nothing is known yet.
-    pub fn new() -> Self {
-        Self { data: 0..0 }
-    }
-
-    /// Those of the pages from `first` on, as words of a bitmap. A page written meanwhile may be missing here: it is reported
-    /// as written. One that was given back since may be there: it reads as zeroes.
-    pub fn of(&mut self, ram: &GuestRam, first: u64, words: usize) -> Vec<u64> {
-        let mut present = vec![0u64; words];
-        let end = (first + words as u64 * 64).min(ram.pages()) * PAGE_BYTES as u64;
-        let mut at = first * PAGE_BYTES as u64;
-        while at < end {
-            if !self.data.contains(&at) {
-                let Some(data) = seek(ram, at, libc::SEEK_DATA) else { return vec![u64::MAX; words] };
-                if data >= end {
-                    break;
-                }
-                let Some(hole) = seek(ram, data, libc::SEEK_HOLE) else { return vec![u64::MAX; words] };
-                self.data = data..hole.max(data + 1);
-                at = data;
-            }
-            let until = self.data.end.min(end);
-            for page in at / PAGE_BYTES as u64..until.div_ceil(PAGE_BYTES as u64) {
-                let index = page - first;
-                present[(index / 64) as usize] |= 1 << (index % 64);
-            }
-            at = until;
-        }
-        present
-    }
-}
-
-/// Where data or a hole begins at or after a place; the end if there is none. `None`: the file system does not say.
-fn seek(ram: &GuestRam, at: u64, whence: libc::c_int) -> Option<u64> {
-    if at >= ram.bytes() {
-        return Some(ram.bytes());
-    }
-    // SAFETY: plain system call on a descriptor of ours. It moves the file's position, which nobody uses.
-    let found = unsafe { libc::lseek(ram.file().as_raw_fd(), at as libc::off_t, whence) };
-    if found >= 0 {
-        return Some(found as u64);
-    }
-    let error = std::io::Error::last_os_error();
-    (error.raw_os_error() == Some(libc::ENXIO)).then(|| ram.bytes())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_was_found_once_is_the_same_as_what_is_found_anew() {
-        let ram = GuestRam::new(8 << 20, false).expect("memory");
-        for page in (3..200).chain(300..301).chain(512..1100).chain(2000..2048) {
-            ram.write_pages(page, &[1; PAGE_BYTES]);
-        }
-        let mut remembers = Presence::new();
-        for words in [1, 3, 16] {
-            for first in (0..2048).step_by(64 * words) {
-                let anew = Presence::new().of(&ram, first, words);
-                assert_eq!(remembers.of(&ram, first, words), anew, "{words} words at page {first}");
-            }
-        }
-    }
-
-    #[test]
-    fn pages_without_memory_behind_them_are_not_read() {
-        let ram = GuestRam::new(8 << 20, false).expect("ram");
-        for page in [0, 63, 64, 1030, 2047] {
-            ram.write_pages(page, &[1; PAGE_BYTES]);
-        }
-        let present = Presence::new().of(&ram, 0, 32);
-        let set: Vec<u64> =
-            (0..2048).filter(|page| present[page / 64] >> (page % 64) & 1 == 1).map(|p| p as u64).collect();
-        for page in [0, 63, 64, 1030, 2047] {
-            assert!(set.contains(&page), "{set:?}");
-        }
-        assert!(set.len() < 100, "holes are not seen: {}", set.len());
-        assert_eq!(Presence::new().of(&ram, 1024, 16)[0] & 1 << 6, 1 << 6);
-    }
 
     #[test]
     fn each_word_of_a_round_is_taken_once() {
