@@ -41,11 +41,16 @@ fn messages() -> Vec<Place> {
 
 /// One migration with a cut. Whether it came to that.
 fn cut_once(how: Cut, at: Place, stay_down: bool) -> bool {
+    cut(&[(how, at)], stay_down) == 1
+}
+
+/// One migration with cuts at these places. How many there were.
+fn cut(at: &[(Cut, Place)], stay_down: bool) -> usize {
     let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
     let source = FakeSource::new(&world, 4 << 20, Log::Manual, 300);
     let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
     let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
-    let proxy = Proxy::start_at(dir.path(), &path, how, at, stay_down);
+    let proxy = Proxy::start(dir.path(), &path, at.to_vec(), stay_down);
     let mut options = options(&Address::Unix(proxy.path.clone()), dir.path());
     options.connections = 2;
     options.reconnect = Duration::from_millis(if stay_down { 100 } else { 3000 });
@@ -65,7 +70,7 @@ fn cut_once(how: Cut, at: Place, stay_down: bool) -> bool {
     }
     proxy.heal();
     if let Err(error) = sent {
-        assert!(proxy.happened(), "{error}");
+        assert!(proxy.cuts() > 0, "{error}");
         source.assert_untouched();
         send(&source, &options).unwrap_or_else(|error| panic!("after a cut at {at:?}: {error}"));
     }
@@ -74,7 +79,7 @@ fn cut_once(how: Cut, at: Place, stay_down: bool) -> bool {
     assert_eq!(world.runs(), 't', "cut at {at:?}");
     assert_same(source.ram(), received.machine.ram());
     world.assert_rules_kept();
-    proxy.happened()
+    proxy.cuts()
 }
 
 #[test]
@@ -96,4 +101,46 @@ fn a_cut_that_lasts_is_settled_once_the_sides_see_each_other_again() {
     for how in [Cut::Before, Cut::After] {
         at_each_place(&kinds(), |at| cut_once(how, at, true));
     }
+}
+
+#[test]
+fn a_cut_while_the_sides_find_out_who_runs_the_machine_is_settled_as_well() {
+    // With the commit or its answer, and then at any message of the question, or the second commit or answer.
+    let mut both = Vec::new();
+    for first in [(Cut::Before, 13), (Cut::After, 13), (Cut::Before, 14)] {
+        for second in [1, 2, 18, 19, 13, 14] {
+            for how in [Cut::Before, Cut::After] {
+                both.push([(first.0, Place::Kind(first.1, 0)), (how, Place::Kind(second, 0))]);
+            }
+        }
+    }
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..AT_ONCE {
+            scope.spawn(|| {
+                while let Some(places) = both.get(next.fetch_add(1, SeqCst)) {
+                    assert!(cut(places, false) >= 1, "{places:?}");
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn a_target_left_prepared_takes_the_machine_after_any_number_of_attempts_that_did_not_reach_it() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let source = FakeSource::new(&world, 4 << 20, Log::Manual, 300);
+    let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+    let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+    let proxy = Proxy::start_at_kind(dir.path(), &path, Cut::Before, 12);
+    let options = options(&Address::Unix(proxy.path.clone()), dir.path());
+    for _ in 0..3 {
+        assert!(matches!(send(&source, &options), Err(SendError::Failed(_))));
+        source.assert_untouched();
+    }
+    target.await_event(|event| matches!(event, shim::migrate::TargetEvent::Prepared));
+    proxy.heal();
+    send(&source, &options).expect("moved");
+    assert_same(source.ram(), target.received().machine.ram());
+    world.assert_rules_kept();
 }

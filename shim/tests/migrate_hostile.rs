@@ -28,7 +28,7 @@ fn hello(role: Role, migration: MigrationId, secret: &str) -> Message {
         index: 0,
         migration,
         secret: secret.into(),
-        given_up: None,
+        given_up: vec![],
     })
 }
 

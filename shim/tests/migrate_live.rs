@@ -40,12 +40,14 @@ fn memory_under_constant_writes_arrives_exactly() {
 #[test]
 fn the_eight_steps_are_seen_in_their_order() {
     let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
-    let source = FakeSource::new(&world, 8 * MIB, Log::Classic, 500);
+    let source = FakeSource::new(&world, 8 * MIB, Log::Classic, 5000);
     let target = Target::start(&world, &unix(dir.path()), &Security::default(), dir.path());
     let mut options = options(&target.address, dir.path());
+    // So slow that pages are written meanwhile.
+    options.bandwidth = Some(16 * MIB);
     // So small that a second round is needed.
     options.downtime = Duration::from_micros(1);
-    options.timeout = Some(Duration::from_millis(300));
+    options.timeout = Some(Duration::from_millis(600));
     options.on_timeout = OnTimeout::Force;
     let steps = Mutex::new(Vec::new());
     let see = |progress: &Progress| {
@@ -245,4 +247,19 @@ fn a_machine_that_cannot_get_its_storage_back_stays_paused_until_told() {
     let last = shim::migrate::last_attempt(&options.state_dir, &name).expect("record").expect("there");
     assert_eq!(last.place, Place::Gone);
     target.await_event(|event| matches!(event, TargetEvent::Announced));
+}
+
+#[test]
+fn storage_that_hands_over_too_much_is_taken_back() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let source = FakeSource::new(&world, 4 << 20, Log::Classic, 300);
+    let target = Target::start(&world, &unix(dir.path()), &Security::default(), dir.path());
+    let options = options(&target.address, dir.path());
+    *world.handover.lock().expect("nobody panics with it") = vec![0; (1 << 20) + 1];
+    let error = send(&source, &options).expect_err("too much").to_string();
+    assert!(error.contains("hands over 1048577 bytes"), "{error}");
+    source.assert_untouched();
+    *world.handover.lock().expect("nobody panics with it") = HANDOVER.to_vec();
+    send(&source, &options).expect("moved");
+    world.assert_rules_kept();
 }

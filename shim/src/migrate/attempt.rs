@@ -16,7 +16,7 @@ use super::record::SourceRecord;
 use super::senders::{Common, Round, Senders};
 use super::source::SendOptions;
 use super::transport::{Connector, TICK};
-use super::wire::{Message, MigrationId, Plan, Role, STATE_MAX};
+use super::wire::{Message, Plan, Role, STATE_MAX};
 use crate::machine::{CompatibilityReport, Description, SourceMachine};
 use crate::pages::{PAGE_BYTES, PageSet};
 
@@ -69,8 +69,6 @@ pub(super) struct Attempt<'a> {
     pub paused_at: Option<Instant>,
     /// Whether the target may be prepared.
     pub state_sent: bool,
-    /// The attempt before, which this side has given up.
-    pub given_up: Option<MigrationId>,
 }
 
 impl Attempt<'_> {
@@ -79,9 +77,7 @@ impl Attempt<'_> {
         self.see(Step::Create);
         self.check_cancel()?;
         let description = self.machine.description().context("describe the machine")?;
-        let mut hello = hello(self.record, Role::Control, 0);
-        hello.given_up = self.given_up;
-        let mut control = greet(self.connector, hello, self.options.patience)?;
+        let mut control = greet(self.connector, hello(self.record, Role::Control, 0), self.options.patience)?;
         let copied = self.copy_over(&mut control, description);
         match copied {
             Ok((rounds, late)) => Ok(Copied { control, rounds, late }),

@@ -12,8 +12,10 @@ use super::connection::Connection;
 use super::transport::{Arrival, CONNECT_TIMEOUT, Listener, TICK};
 use super::wire::{Hello, Message, PROTOCOL_MAX, PROTOCOL_MIN};
 
-/// Most connections that are being greeted at once; more are turned away.
+/// Most connections that are being greeted at once; others wait.
 const GREETED_AT_ONCE_MAX: usize = 32;
+/// Time until it is looked again whether one of them is through.
+const FULL_REST: Duration = Duration::from_millis(10);
 /// Most connections that wait for who serves them.
 const WAITING_MAX: usize = 64;
 
@@ -92,13 +94,13 @@ impl Drop for Door {
 fn keep(listener: &Listener, guests: &SyncSender<Guest>, patience: Duration, stop: &AtomicBool) {
     let greeted = Arc::new(AtomicUsize::new(0));
     while !stop.load(Ordering::Relaxed) {
+        if greeted.load(Ordering::Relaxed) >= GREETED_AT_ONCE_MAX {
+            // Whoever comes waits in the kernel's queue: each greeting ends within its time.
+            std::thread::sleep(FULL_REST);
+            continue;
+        }
         match listener.accept() {
             Ok(None) => {}
-            Ok(Some(_)) if greeted.load(Ordering::Relaxed) >= GREETED_AT_ONCE_MAX => {
-                tracing::warn!(
-                    "a connection was turned away: {GREETED_AT_ONCE_MAX} others are being greeted"
-                );
-            }
             Ok(Some(arrival)) => {
                 greeted.fetch_add(1, Ordering::Relaxed);
                 let (guests, greeted) = (guests.clone(), greeted.clone());

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::connection::Connection;
 use super::handshake::{SourceInput, SourceState};
@@ -10,11 +10,13 @@ use super::late::{LateSource, RECOVERIES_MAX, RECOVERY_REST};
 use super::progress::CancelToken;
 use super::record::{Place, Records, SourceRecord};
 use super::transport::{Connector, TICK};
-use super::wire::{Hello, Message, PROTOCOL_MAX, PROTOCOL_MIN, Role, TargetStatus};
+use super::wire::{HANDOVER_MAX, Hello, Message, PROTOCOL_MAX, PROTOCOL_MIN, Role, TargetStatus};
 use crate::machine::SourceMachine;
 
 /// Rest between two attempts to reach the target again.
 const RECONNECT_REST: Duration = Duration::from_millis(500);
+/// How often the target is asked anew before a person has to look at it. Each commit that does not get through is a reason.
+const QUESTIONS_MAX: u32 = 200;
 
 /// A machine on its way out.
 pub(super) struct Handover<'a> {
@@ -24,6 +26,8 @@ pub(super) struct Handover<'a> {
     pub record: SourceRecord,
     pub connector: &'a Connector,
     pub control: Option<Connection>,
+    /// How often the target was asked so far.
+    pub questions: u32,
     /// It is one on which the target was asked who runs the machine.
     pub asked: bool,
     /// How long a silent peer is waited for.
@@ -178,7 +182,13 @@ impl Handover<'_> {
     fn release(&mut self) -> Result<()> {
         let handover =
             self.with_machine(|machine| machine.release_storage()).context("give the storage away")?;
-        self.record.handover = handover.unwrap_or_default();
+        let handover = handover.unwrap_or_default();
+        ensure!(
+            handover.len() <= HANDOVER_MAX,
+            "the storage hands over {} bytes, more than the {HANDOVER_MAX} that can be sent",
+            handover.len()
+        );
+        self.record.handover = handover;
         Ok(())
     }
 
@@ -226,6 +236,11 @@ impl Handover<'_> {
 
     /// Looks for the target until it answers or the time is up.
     fn ask(&mut self) -> Result<SourceInput> {
+        self.questions += 1;
+        ensure!(
+            self.questions <= QUESTIONS_MAX,
+            "the connection was lost {QUESTIONS_MAX} times around the commit"
+        );
         let until = Instant::now() + self.reconnect;
         loop {
             match self.ask_once() {
@@ -305,7 +320,7 @@ pub(super) fn hello(record: &SourceRecord, role: Role, index: u32) -> Hello {
         index,
         migration: record.migration,
         secret: record.secret.clone(),
-        given_up: None,
+        given_up: record.given_up.clone(),
     }
 }
 

@@ -14,6 +14,8 @@ use super::wire::{HANDOVER_MAX, MigrationId, TargetStatus};
 
 /// Version of the records' format.
 pub const RECORD_VERSION: u32 = 1;
+/// Most earlier attempts that a source remembers.
+pub const GIVEN_UP_MAX: usize = 64;
 /// Most bytes of a record. What was handed over stands in it as hexadecimal digits.
 const RECORD_MAX: u64 = 2 * HANDOVER_MAX as u64 + (64 << 10);
 /// Most records of attempts that a target keeps; the oldest that are settled go first.
@@ -49,6 +51,9 @@ pub struct SourceRecord {
     /// The target was to run it before all pages were there, and may still need pages from here.
     #[serde(default)]
     pub postcopy: bool,
+    /// Earlier attempts, the oldest first: the machine went on here after each of them.
+    #[serde(default)]
+    pub given_up: Vec<MigrationId>,
     /// What was handed over with the storage.
     #[serde(with = "hex")]
     pub handover: Vec<u8>,
@@ -263,6 +268,7 @@ mod tests {
             place: Place::HandedOver,
             to: "unix:/x".into(),
             postcopy: false,
+            given_up: vec![],
             handover: vec![0, 255, 16],
         }
     }

@@ -293,7 +293,7 @@ impl<'a> Session<'a> {
         }
         let machine = self.plan.as_ref().map_or("", |plan| plan.machine.name.as_str());
         guest.refuse(&format!(
-            "this target holds {machine}, of which it waits to hear whether to run it (migration {}): discard it there if its              source is dead",
+            "this target holds {machine}, of which it waits to hear whether to run it (migration {}): discard it there if its source is dead",
             self.hello.migration
         ));
         None
@@ -308,7 +308,7 @@ impl<'a> Session<'a> {
 
     /// Whether this is the source of this attempt, which begins another.
     fn is_given_up(&self, hello: &Hello) -> bool {
-        hello.role == Role::Control && hello.given_up == Some(self.hello.migration)
+        hello.role == Role::Control && hello.given_up.contains(&self.hello.migration)
     }
 
     /// Takes everything that the source sends. Nothing of it runs.

@@ -15,7 +15,7 @@ use super::handover::{Handover, greet, hello};
 use super::handshake::{Pending, SourceInput, SourceState};
 use super::late::LateSource;
 use super::progress::{CancelToken, Observer, Progress};
-use super::record::{Place, RECORD_VERSION, Records, SourceRecord};
+use super::record::{GIVEN_UP_MAX, Place, RECORD_VERSION, Records, SourceRecord};
 use super::senders::CONNECTIONS_MAX;
 use super::transport::{Address, Connector, Security};
 use super::wire::{Message, MigrationId, Plan, Role};
@@ -187,6 +187,7 @@ fn new_record(machine: &str, options: &SendOptions) -> SourceRecord {
         to: options.to.to_string(),
         handover: Vec::new(),
         postcopy: false,
+        given_up: Vec::new(),
     }
 }
 
@@ -202,7 +203,7 @@ pub fn send(
     cancel: &CancelToken,
 ) -> Result<Report, SendError> {
     let prepared = prepare(machine, options).map_err(SendError::Failed)?;
-    let (records, connector, record, given_up) = prepared;
+    let (records, connector, record) = prepared;
     let begun = Instant::now();
     let mut attempt = Attempt {
         machine,
@@ -215,7 +216,6 @@ pub fn send(
         seen: Progress::new(machine.ram().pages()),
         paused_at: None,
         state_sent: false,
-        given_up,
     };
     let copied = attempt.copy();
     let Attempt { seen, paused_at, state_sent, .. } = attempt;
@@ -225,6 +225,7 @@ pub fn send(
         record: record.clone(),
         connector: &connector,
         control: None,
+        questions: 0,
         asked: false,
         patience: options.patience,
         reconnect: options.reconnect,
@@ -245,7 +246,7 @@ pub fn send(
     }
 }
 
-type Prepared = (Records, Connector, SourceRecord, Option<MigrationId>);
+type Prepared = (Records, Connector, SourceRecord);
 
 fn prepare(machine: &dyn SourceMachine, options: &SendOptions) -> Result<Prepared> {
     options.check()?;
@@ -265,9 +266,16 @@ fn prepare(machine: &dyn SourceMachine, options: &SendOptions) -> Result<Prepare
         "post-copy does not work with huge pages: move {name} without it"
     );
     let connector = Connector::new(options.to.clone(), &options.security)?;
-    let record = new_record(&name, options);
+    let mut record = new_record(&name, options);
+    if let Some(last) = last {
+        // A target that was left prepared may be taken up again only after many attempts that did not reach it.
+        record.given_up = last.given_up;
+        record.given_up.push(last.migration);
+        let forgotten = record.given_up.len().saturating_sub(GIVEN_UP_MAX);
+        record.given_up.drain(..forgotten);
+    }
     records.write_source(&record)?;
-    Ok((records, connector, record, last.map(|last| last.migration)))
+    Ok((records, connector, record))
 }
 
 /// What follows the copying.
@@ -423,6 +431,7 @@ pub fn resolve(
         record,
         connector: &connector,
         control: None,
+        questions: 0,
         asked: false,
         patience: options.patience,
         reconnect: options.reconnect,

@@ -122,9 +122,9 @@ pub struct Hello {
     pub migration: MigrationId,
     /// What only the source and the target of this attempt know: it binds the connections together.
     pub secret: String,
-    /// An earlier attempt that the source has given up for good: it went on by itself.
+    /// Earlier attempts that the source has given up for good: it went on by itself.
     #[serde(default)]
-    pub given_up: Option<MigrationId>,
+    pub given_up: Vec<MigrationId>,
 }
 
 /// What the source wants to send, and how.
@@ -515,7 +515,7 @@ mod tests {
             index: 2,
             migration: MigrationId::from_bytes([7; 16]),
             secret: "s".into(),
-            given_up: None,
+            given_up: vec![MigrationId::from_bytes([8; 16])],
         })
     }
 

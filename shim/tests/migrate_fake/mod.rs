@@ -24,6 +24,9 @@ use shim::migrate::{
 };
 use shim::pages::{PAGE_BYTES, PageSet};
 
+/// What the target expects with the storage.
+pub const HANDOVER: &[u8] = b"generation 7";
+
 /// Who has the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Storage {
@@ -43,6 +46,8 @@ pub struct World {
     pub broken: Mutex<Vec<String>>,
     pub devices_started: AtomicBool,
     pub announced: AtomicBool,
+    /// What the source hands over with its storage.
+    pub handover: Mutex<Vec<u8>>,
     /// Memory of the last machine that was made at the target.
     pub target_ram: Mutex<Option<Arc<GuestRam>>>,
     /// Pages that restoring the state reads.
@@ -59,6 +64,7 @@ impl World {
             broken: Mutex::default(),
             devices_started: AtomicBool::new(false),
             announced: AtomicBool::new(false),
+            handover: Mutex::new(HANDOVER.to_vec()),
             target_ram: Mutex::default(),
             restore_reads: Mutex::default(),
         })
@@ -363,7 +369,7 @@ impl SourceMachine for FakeSource {
         self.shared.world.may_fail("release_storage")?;
         self.shared.world.rule(!self.shared.world.source_runs.load(SeqCst), "released while it runs");
         self.shared.world.give(&[Storage::Source], Storage::Nobody)?;
-        Ok(b"generation 7".to_vec())
+        Ok(self.shared.world.handover.lock().expect("nobody panics with it").clone())
     }
 
     fn reclaim_storage(&self) -> Result<()> {
@@ -402,7 +408,7 @@ impl TargetMachine for FakeTarget {
 
     fn take_storage(&mut self, handover: &[u8]) -> Result<()> {
         self.world.may_fail("take_storage")?;
-        ensure!(handover == b"generation 7", "another handover");
+        ensure!(handover == HANDOVER, "another handover");
         self.world.give(&[Storage::Nobody], Storage::Target)?;
         self.took = true;
         Ok(())

@@ -1,10 +1,11 @@
 //! Stands between source and target, understands where messages begin, and cuts all connections at a chosen one.
 
+use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
 /// What happens to the message at which the connections are cut.
@@ -29,20 +30,45 @@ pub enum Place {
 
 struct State {
     to: PathBuf,
-    how: Cut,
-    /// Messages until the cut.
-    left: AtomicU64,
-    /// Only messages of this kind are counted.
-    only: Option<u16>,
-    /// Nobody gets through after the cut.
+    plan: Mutex<Plan>,
+    /// Nobody gets through after a cut.
     stay_down: AtomicBool,
-    happened: AtomicBool,
-    /// Kind of the message at which it was cut.
-    kind: Mutex<Option<u16>>,
     open: Mutex<Vec<UnixStream>>,
 }
 
-/// Cuts once.
+/// The cuts that are still to come.
+struct Plan {
+    places: VecDeque<(Cut, Place)>,
+    /// Messages that counted since the last cut.
+    seen: u64,
+    /// Cuts so far.
+    cuts: usize,
+}
+
+impl Plan {
+    /// Whether to cut at a message of this kind, and how.
+    fn cut_at(&mut self, kind: u16) -> Option<Cut> {
+        let (how, place) = *self.places.front()?;
+        let (counts, nth) = match place {
+            // Signs of life come when they come: they are not counted.
+            Place::Message(nth) => (kind != 20, nth),
+            Place::Kind(only, nth) => (kind == only, nth),
+        };
+        if !counts {
+            return None;
+        }
+        self.seen += 1;
+        if self.seen <= nth {
+            return None;
+        }
+        self.places.pop_front();
+        self.seen = 0;
+        self.cuts += 1;
+        Some(how)
+    }
+}
+
+/// Cuts where it is told to.
 pub struct Proxy {
     pub path: PathBuf,
     state: Arc<State>,
@@ -51,35 +77,24 @@ pub struct Proxy {
 impl Proxy {
     /// Cuts for good at the first message of a kind.
     pub fn start_at_kind(dir: &Path, to: &Path, how: Cut, kind: u16) -> Self {
-        Self::start_with(dir, to, how, 0, true, Some(kind))
+        Self::start(dir, to, vec![(how, Place::Kind(kind, 0))], true)
     }
 
-    /// Cuts where it is said.
-    pub fn start_at(dir: &Path, to: &Path, how: Cut, place: Place, stay_down: bool) -> Self {
-        match place {
-            Place::Message(at) => Self::start_with(dir, to, how, at, stay_down, None),
-            Place::Kind(kind, nth) => Self::start_with(dir, to, how, nth, stay_down, Some(kind)),
-        }
-    }
-
-    fn start_with(dir: &Path, to: &Path, how: Cut, at: u64, stay_down: bool, only: Option<u16>) -> Self {
+    /// Cuts at each of these places, one after the other. `stay_down`: lets nobody through after the first.
+    pub fn start(dir: &Path, to: &Path, places: Vec<(Cut, Place)>, stay_down: bool) -> Self {
         let path = dir.join("proxy.sock");
         let listener = UnixListener::bind(&path).expect("bind");
         let state = Arc::new(State {
             to: to.to_owned(),
-            how,
-            left: AtomicU64::new(at),
-            only,
+            plan: Mutex::new(Plan { places: places.into(), seen: 0, cuts: 0 }),
             stay_down: AtomicBool::new(stay_down),
-            happened: AtomicBool::new(false),
-            kind: Mutex::default(),
             open: Mutex::default(),
         });
         let for_thread = state.clone();
         std::thread::spawn(move || {
             for source in listener.incoming().flatten() {
                 let state = for_thread.clone();
-                if state.happened.load(SeqCst) && state.stay_down.load(SeqCst) {
+                if state.cuts() > 0 && state.stay_down.load(SeqCst) {
                     continue;
                 }
                 let Ok(target) = UnixStream::connect(&state.to) else { continue };
@@ -89,12 +104,8 @@ impl Proxy {
         Self { path, state }
     }
 
-    pub fn happened(&self) -> bool {
-        self.state.happened.load(SeqCst)
-    }
-
-    pub fn kind(&self) -> Option<u16> {
-        *self.state.kind.lock().expect("nobody panics with it")
+    pub fn cuts(&self) -> usize {
+        self.state.cuts()
     }
 
     pub fn heal(&self) {
@@ -103,6 +114,10 @@ impl Proxy {
 }
 
 impl State {
+    fn cuts(&self) -> usize {
+        self.plan.lock().expect("nobody panics with it").cuts
+    }
+
     fn admit(self: &Arc<Self>, source: UnixStream, target: UnixStream) {
         {
             let mut open = self.open.lock().expect("nobody panics with it");
@@ -128,18 +143,12 @@ impl State {
             let length = u32::from_le_bytes([message[12], message[13], message[14], message[15]]);
             message.resize(20 + length as usize, 0);
             from.read_exact(&mut message[20..])?;
-            // Signs of life come when they come: they are not counted.
-            let counts =
-                kind != 20 && self.only.is_none_or(|only| only == kind) && !self.happened.load(SeqCst);
-            let cut = counts
-                && self.left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)).is_err()
-                && !self.happened.swap(true, SeqCst);
-            if !cut {
+            let cut = self.plan.lock().expect("nobody panics with it").cut_at(kind);
+            let Some(how) = cut else {
                 to.write_all(&message)?;
                 continue;
-            }
-            *self.kind.lock().expect("nobody panics with it") = Some(kind);
-            match self.how {
+            };
+            match how {
                 Cut::Before => {}
                 Cut::Within => to.write_all(&message[..message.len() / 2])?,
                 Cut::After => to.write_all(&message)?,
