@@ -17,7 +17,7 @@ use crate::migrate::progress::{CancelToken, Progress};
 use crate::migrate::source::{self, Resolve, Resolved, SendError, SendOptions};
 use crate::migrate::target::TargetEvent;
 use crate::migrate::transport::{Address, Listener, Security};
-use crate::migrate::{file, target};
+use crate::migrate::{SourceLock, file, target};
 use crate::setup::Devices;
 use crate::storage::{Releases, Takes};
 use crate::vm::host::KvmHost;
@@ -26,6 +26,8 @@ use crate::vm::machine::{Life, Machine, Storage};
 
 /// How long the test guest may take to verify everything.
 const VERIFY: Duration = Duration::from_secs(3600);
+/// How long it may take to give up a machine that is prepared.
+const DISCARD: Duration = Duration::from_secs(10);
 /// How often it is looked at meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -50,6 +52,8 @@ struct Migration {
     options: Option<SendOptions>,
     /// Somebody was told how it ended.
     told: bool,
+    /// Held until it is settled where the machine is.
+    lock: Option<SourceLock>,
 }
 
 /// What has come of waiting for a machine.
@@ -58,6 +62,17 @@ struct Awaited {
     machine: Option<Arc<Machine>>,
     failed: Option<String>,
     stopped: bool,
+    coming: Option<Coming>,
+}
+
+/// A machine that is on its way here.
+#[derive(Debug)]
+struct Coming {
+    name: String,
+    /// Everything is here. Its source is to say that it runs here.
+    prepared: bool,
+    /// Why its source can't say so.
+    lost: Option<String>,
 }
 
 /// The process.
@@ -70,6 +85,7 @@ pub struct Control {
     arrived: Condvar,
     migration: Mutex<Migration>,
     stop_receiving: CancelToken,
+    discard: CancelToken,
 }
 
 fn refusal(kind: &str, message: impl Into<String>) -> anyhow::Error {
@@ -94,6 +110,7 @@ impl Control {
             arrived: Condvar::new(),
             migration: Mutex::default(),
             stop_receiving: CancelToken::new(),
+            discard: CancelToken::new(),
         }))
     }
 
@@ -112,6 +129,7 @@ impl Control {
             arrived: Condvar::new(),
             migration: Mutex::default(),
             stop_receiving: CancelToken::new(),
+            discard: CancelToken::new(),
         }))
     }
 
@@ -144,12 +162,27 @@ impl Control {
     fn receive(&self, listener: Listener, host: &KvmHost) -> Result<()> {
         let mut options = target::ReceiveOptions::new(self.state_dir.clone());
         options.stop = self.stop_receiving.clone();
+        options.discard = self.discard.clone();
         let see = |event: &TargetEvent| {
             tracing::info!(event = serde_json::to_string(event).unwrap_or_default(), "a machine comes");
+            let coming = |change: &dyn Fn(&mut Coming)| {
+                if let Some(coming) = &mut locked(&self.awaited).coming {
+                    change(coming);
+                }
+            };
             match event {
+                TargetEvent::Created { machine, .. } => {
+                    let name = machine.clone();
+                    locked(&self.awaited).coming = Some(Coming { name, prepared: false, lost: None });
+                }
+                TargetEvent::Prepared => coming(&|coming| coming.prepared = true),
+                TargetEvent::Waiting { reason } => coming(&|coming| coming.lost = Some(reason.clone())),
                 // From here on it is this process's machine, although pages may still be missing.
                 TargetEvent::Running => self.arrive(host),
-                TargetEvent::Failed { .. } => host.forget(),
+                TargetEvent::Failed { .. } => {
+                    locked(&self.awaited).coming = None;
+                    host.forget();
+                }
                 _ => {}
             }
         };
@@ -231,10 +264,19 @@ impl Control {
     /// If the machine can't be described.
     pub fn info(&self) -> Result<VmInfo> {
         let Ok(machine) = self.machine() else {
+            let awaited = locked(&self.awaited);
+            let (name, state, lost) = match &awaited.coming {
+                None => ("", "waiting", None),
+                Some(coming) if !coming.prepared => (coming.name.as_str(), "arriving", None),
+                Some(coming) => (coming.name.as_str(), "prepared", coming.lost.as_ref()),
+            };
+            let lost = lost.map(|why| {
+                format!("its source, which has to say that it runs here, was lost: {why}; see `kvm-shim resolve --help`")
+            });
             return Ok(VmInfo {
-                name: String::new(),
-                state: "waiting".into(),
-                error: locked(&self.awaited).failed.clone(),
+                name: name.into(),
+                state: state.into(),
+                error: awaited.failed.clone().or(lost),
                 memory_bytes: 0,
                 vcpus: 0,
                 cpu: String::new(),
@@ -292,6 +334,12 @@ impl Control {
     /// If it moves.
     pub fn stop(&self) -> Result<VmInfo> {
         if self.machine().is_err() {
+            let held = locked(&self.awaited).coming.as_ref().is_some_and(|coming| coming.prepared);
+            if held {
+                let message = "this process holds a machine that its source may have given away, which would be lost: settle that \
+                               first, with `kvm-shim resolve` at its source or with `--discard` here";
+                return Err(refusal("busy", message));
+            }
             self.stop_receiving.cancel();
             locked(&self.awaited).stopped = true;
             self.arrived.notify_all();
@@ -428,11 +476,13 @@ impl Control {
     pub fn send(self: &Arc<Self>, request: &SendRequest) -> Result<MigrationInfo> {
         let machine = self.idle_machine()?;
         let options = self.options(request)?;
-        machine.set_storage(self.storage(&request.storage)?);
+        let storage = self.storage(&request.storage)?;
+        let lock = source::lock(&self.state_dir, machine.name())?;
         let mut migration = locked(&self.migration);
         if migration.info.state == "running" {
             return Err(refusal("busy", "a migration is under way"));
         }
+        machine.set_storage(storage);
         *migration = Migration {
             info: MigrationInfo {
                 id: uuid::Uuid::new_v4().to_string(),
@@ -444,6 +494,7 @@ impl Control {
             cancel: CancelToken::new(),
             options: Some(options.clone()),
             told: false,
+            lock: Some(lock),
         };
         let (info, cancel) = (migration.info.clone(), migration.cancel.clone());
         drop(migration);
@@ -484,6 +535,9 @@ impl Control {
                 migration.info.state = state.into();
                 migration.info.error = Some(error.to_string());
             }
+        }
+        if migration.info.state != "unresolved" {
+            migration.lock = None;
         }
     }
 
@@ -548,11 +602,33 @@ impl Control {
             }
             Err(error) => return Err(error.into()),
         }
+        migration.lock = None;
         Ok(migration.info.clone())
+    }
+
+    /// `POST /v1/migration/discard`: gives up a machine that is prepared here, once that is written down.
+    ///
+    /// # Errors
+    /// If none is.
+    pub fn discard(&self) -> Result<VmInfo> {
+        let prepared = || locked(&self.awaited).coming.as_ref().is_some_and(|coming| coming.prepared);
+        if !prepared() || self.machine().is_ok() {
+            return Err(refusal("state", "no machine is prepared here"));
+        }
+        self.discard.cancel();
+        let until = Instant::now() + DISCARD;
+        while prepared() && self.machine().is_err() && Instant::now() < until {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        if self.machine().is_ok() {
+            return Err(refusal("state", "its source let the machine run here just now"));
+        }
+        self.info()
     }
 }
 
-fn security(tls: Option<&TlsFiles>, insecure_plain_tcp: bool) -> Security {
+/// How a connection is secured, as people have said it.
+pub(crate) fn security(tls: Option<&TlsFiles>, insecure_plain_tcp: bool) -> Security {
     Security {
         tls: tls.map(|files| crate::migrate::TlsFiles {
             ca: files.ca.clone(),

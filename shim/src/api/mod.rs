@@ -10,6 +10,7 @@
 //! | `POST /v1/migration` | [`SendRequest`] | [`MigrationInfo`] |
 //! | `GET /v1/migration` | | [`MigrationInfo`] |
 //! | `POST /v1/migration/cancel` (`retry`, `resume-here`) | | [`MigrationInfo`] |
+//! | `POST /v1/migration/discard` | | [`VmInfo`] |
 //! | `POST /v1/check` | [`SendRequest`] | [`crate::machine::CompatibilityReport`] |
 //!
 //! Every failure answers with a status of 4xx or 5xx and an [`ErrorBody`]. Sizes are bytes, rates bytes a second.
@@ -45,9 +46,10 @@ pub struct ErrorInfo {
 pub struct VmInfo {
     /// Its name.
     pub name: String,
-    /// `waiting` (for a machine to come in), `created`, `running`, `paused`, `gone`, `shutdown`, `failed`.
+    /// `waiting` (for a machine to come in), `arriving`, `prepared` (everything is here, and its source is to say that it runs
+    /// here), `created`, `running`, `paused`, `gone`, `shutdown`, `failed`.
     pub state: String,
-    /// Why it failed, if so.
+    /// Why it failed, or what it waits for.
     pub error: Option<String>,
     /// Bytes of memory.
     pub memory_bytes: u64,

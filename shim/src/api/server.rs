@@ -37,6 +37,7 @@ pub fn router(control: Arc<Control>) -> Router {
         .route("/v1/migration/cancel", post(cancel))
         .route("/v1/migration/retry", post(retry))
         .route("/v1/migration/resume-here", post(resume_here))
+        .route("/v1/migration/discard", post(discard))
         .route("/v1/check", post(check))
         .fallback(no_route)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -159,6 +160,10 @@ async fn retry(State(control): Shared) -> Response {
 
 async fn resume_here(State(control): Shared) -> Response {
     answer(control, |control| control.resume_here()).await
+}
+
+async fn discard(State(control): Shared) -> Response {
+    answer(control, |control| control.discard()).await
 }
 
 async fn check(State(control): Shared, body: Bytes) -> Response {

@@ -257,18 +257,38 @@ pub struct Save {
 }
 
 /// `resolve`.
+///
+/// The target was told to run the machine, or was about to be, and one of both sides was lost: so it is not known where
+/// the machine is. Ask the process that sent it by `--api`; if that is dead, give its `--state-dir` and `--name` instead.
 #[derive(Debug, Args)]
-#[command(group = clap::ArgGroup::new("how").required(true).args(["retry", "resume_here"]))]
+#[command(group = clap::ArgGroup::new("how").required(true).args(["retry", "resume_here", "discard"]))]
+#[command(verbatim_doc_comment)]
 pub struct Resolve {
-    /// The process with the machine.
-    #[command(flatten)]
-    pub api: Api,
-    /// Ask the target once more.
+    /// Socket of the control API: of the process that sent the machine; with --discard of the one that received it.
+    #[arg(long, env = "KVM_SHIM_API", value_name = "SOCKET")]
+    pub api: Option<PathBuf>,
+    /// Instead of --api, if the process that sent the machine is dead: where it kept its records.
+    #[arg(long, value_name = "DIR", conflicts_with = "discard")]
+    pub state_dir: Option<PathBuf>,
+    /// The machine's name in those records.
+    #[arg(long, default_value = "vm", requires = "state_dir")]
+    pub name: String,
+    /// For the records of a machine that was sent over tcp: ca=FILE,cert=FILE,key=FILE[,name=NAME].
+    #[arg(long, value_name = "ca=..,cert=..,key=..", requires = "state_dir")]
+    pub tls: Option<TlsArgument>,
+    /// The same without TLS.
+    #[arg(long, conflicts_with = "tls", requires = "state_dir")]
+    pub insecure_plain_tcp: bool,
+    /// Ask the target once more. It runs the machine if it has all of it.
     #[arg(long)]
     pub retry: bool,
-    /// Run it here. Only if the target certainly does not run it: its host is off, or its process has ended.
+    /// Run it here, or let it be started here. Only if the target certainly does not run it: its host is off, or its process
+    /// has ended.
     #[arg(long)]
     pub resume_here: bool,
+    /// On the target: give up the machine that is prepared there. It is lost if its source is dead.
+    #[arg(long)]
+    pub discard: bool,
 }
 
 /// `guest`.

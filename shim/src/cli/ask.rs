@@ -1,8 +1,9 @@
 //! The commands that ask a process with a machine.
 
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use super::Exit;
 use super::args::{Api, CompressArgument, Guest, OnTimeoutArgument, Resolve, Save, Send};
@@ -10,8 +11,10 @@ use super::parts::TlsArgument;
 use super::show::{self, Progress};
 use crate::api::client::Client;
 use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, SaveRequest, SendRequest, TlsFiles, VmInfo};
+use crate::control;
 use crate::guest::Report;
 use crate::machine::CompatibilityReport;
+use crate::migrate::{self, CancelToken, Resolved, SendOptions};
 
 /// How often a migration's progress is asked for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -181,9 +184,58 @@ pub fn migration_verb(api: &Api, verb: &str, json: bool) -> Result<Exit> {
 /// `resolve`.
 ///
 /// # Errors
-/// If the process can't be asked, or there is nothing to resolve.
+/// If the process can't be asked, or there is nothing to resolve, or it stays unresolved.
 pub fn resolve(resolve: &Resolve, json: bool) -> Result<Exit> {
-    migration_verb(&resolve.api, if resolve.retry { "retry" } else { "resume-here" }, json)
+    if let Some(state_dir) = &resolve.state_dir {
+        return resolve_records(resolve, state_dir, json);
+    }
+    let Some(api) = resolve.api.clone() else {
+        let message = "whom to ask? give --api, or --state-dir if the process that sent the machine is dead";
+        return Err(ErrorInfo { kind: "usage".into(), message: message.into() }.into());
+    };
+    let api = Api { api };
+    if resolve.discard {
+        let vm: VmInfo = Client::new(&api.api).post::<(), _>("/v1/migration/discard", None)?;
+        if json {
+            print_json(&vm)?;
+        } else {
+            println!("given up; {}", vm.state);
+        }
+        return Ok(Exit::Done);
+    }
+    migration_verb(&api, if resolve.retry { "retry" } else { "resume-here" }, json)
+}
+
+/// The process that sent the machine is dead: what it wrote down tells whom to ask.
+fn resolve_records(resolve: &Resolve, state_dir: &Path, json: bool) -> Result<Exit> {
+    let name = &resolve.name;
+    let lock = migrate::lock(state_dir, name)?;
+    let last = migrate::last_attempt(state_dir, name)?
+        .with_context(|| format!("{} knows of no attempt to move the machine {name}", state_dir.display()))?;
+    let mut options = SendOptions::new(last.to.parse()?, state_dir.to_owned());
+    options.security =
+        control::security(resolve.tls.as_ref().map(tls_files).as_ref(), resolve.insecure_plain_tcp);
+    let how = if resolve.retry { migrate::Resolve::Ask } else { migrate::Resolve::ForceHere };
+    let resolved = migrate::resolve(None, name, &options, how, &CancelToken::new())?;
+    drop(lock);
+    let runs_there = resolved == Resolved::Gone;
+    if json {
+        let place = if runs_there { "gone" } else { "here" };
+        print_json(&serde_json::json!({ "machine": name, "place": place, "to": last.to }))?;
+    } else if runs_there {
+        println!("the machine {name} runs at {}", last.to);
+    } else {
+        let disks = if last.handover.is_empty() {
+            ""
+        } else {
+            "; its disks were let go for it: take them back first (`blockctl disk reclaim`)"
+        };
+        println!(
+            "the machine {name} does not run at {} and never will: it may be started here{disks}",
+            last.to
+        );
+    }
+    Ok(Exit::Done)
 }
 
 /// `guest`.

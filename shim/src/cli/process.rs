@@ -81,11 +81,11 @@ fn refuse_if_elsewhere(run: &Run) -> Result<()> {
     let Some(last) = last_attempt(&run.process.state_dir, &run.name)? else { return Ok(()) };
     anyhow::ensure!(
         last.place != Place::HandedOver,
-        "the machine {} was handed over to {}, and it is not known whether it runs there; look there first: if it certainly does \
-         not, remove its record from {}, or start this one under another --name",
-        run.name,
+        "the machine {name} was handed over to {}, and it is not known whether it runs there; ask with `kvm-shim resolve --retry \
+         --state-dir {} --name {name}` (see `kvm-shim resolve --help`), or start this one under another --name",
         last.to,
-        run.process.state_dir.display()
+        run.process.state_dir.display(),
+        name = run.name,
     );
     Ok(())
 }

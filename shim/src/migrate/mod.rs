@@ -42,9 +42,11 @@ pub use batch::Compression;
 pub use converge::OnTimeout;
 pub use file::{Restored, SaveReport, restore, save};
 pub use progress::{CancelToken, Observer, Progress, Step};
-pub use record::{Place, SourceRecord};
+pub use record::{Place, SourceLock, SourceRecord};
 pub use senders::CONNECTIONS_MAX;
-pub use source::{Report, Resolve, Resolved, SendError, SendOptions, check, last_attempt, resolve, send};
+pub use source::{
+    Report, Resolve, Resolved, SendError, SendOptions, check, last_attempt, lock, resolve, send,
+};
 pub use target::{ReceiveOptions, Received, TargetEvent, receive};
 pub use tls::TlsFiles;
 pub use transport::{Address, Listener, Security};

@@ -2,9 +2,10 @@
 //!
 //! The source has one file for each machine, with its last attempt; the target one for each attempt.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::de::DeserializeOwned;
@@ -20,6 +21,11 @@ pub const GIVEN_UP_MAX: usize = 64;
 const RECORD_MAX: u64 = 2 * HANDOVER_MAX as u64 + (64 << 10);
 /// Most records of attempts that a target keeps; the oldest that are settled go first.
 pub const TARGET_RECORDS_MAX: usize = 256;
+
+/// How long the right to say where a machine is is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked at meanwhile.
+const LOCK_REST: Duration = Duration::from_millis(10);
 
 /// Where a machine is, as its source wrote it down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +81,13 @@ pub struct TargetRecord {
     pub settled: bool,
 }
 
+/// The right to say where a machine is, held by whoever moves it or settles where it is.
+#[derive(Debug)]
+pub struct SourceLock {
+    /// Unlocked when it is closed, or its process dies.
+    _file: File,
+}
+
 /// The records in one directory.
 #[derive(Debug, Clone)]
 pub struct Records {
@@ -110,6 +123,33 @@ impl Records {
     /// If it cannot be written; it may be there all the same.
     pub fn write_source(&self, record: &SourceRecord) -> Result<()> {
         self.write(&self.source_path(&record.machine), record)
+    }
+
+    /// Takes the right to say where a machine is. Waits for a moment: the process that it has just come from may still be
+    /// about to say that it is gone.
+    ///
+    /// # Errors
+    /// If another process has it.
+    pub fn lock_source(&self, machine: &str) -> Result<SourceLock> {
+        let path = self.source_path(machine).with_extension("lock");
+        let file = open_private(&path)?;
+        let until = Instant::now() + LOCK_PATIENCE;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(SourceLock { _file: file }),
+                Err(TryLockError::WouldBlock) => {
+                    ensure!(
+                        Instant::now() < until,
+                        "a process that sends the machine {machine} lives and has not finished: ask it by its --api ({} is locked)",
+                        path.display()
+                    );
+                    std::thread::sleep(LOCK_REST);
+                }
+                Err(TryLockError::Error(error)) => {
+                    return Err(error).with_context(|| format!("lock {}", path.display()));
+                }
+            }
+        }
     }
 
     fn source_path(&self, machine: &str) -> PathBuf {
@@ -338,5 +378,23 @@ mod tests {
         records.forget_oldest();
         assert_eq!(fs::read_dir(dir.path()).expect("listed").count(), TARGET_RECORDS_MAX + 1);
         assert_eq!(records.target(migration).expect("kept"), Some(running));
+    }
+
+    #[test]
+    fn one_at_a_time_says_where_a_machine_is() {
+        let dir = tempfile::tempdir().expect("dir");
+        let records = Records::open(dir.path()).expect("records");
+        let lock = records.lock_source("vm").expect("free");
+        records.lock_source("another").expect("another machine's");
+        let waits = std::thread::spawn({
+            let records = records.clone();
+            move || records.lock_source("vm")
+        });
+        std::thread::sleep(Duration::from_millis(50));
+        drop(lock);
+        let lock = waits.join().expect("ends").expect("waited until it was free");
+        let error = records.lock_source("vm").expect_err("held");
+        assert!(error.to_string().contains("--api"), "{error}");
+        drop(lock);
     }
 }

@@ -161,7 +161,11 @@ impl<'a> Session<'a> {
 
     fn act(&mut self, state: TargetState, door: &mut Door) -> Result<TargetInput> {
         match state {
-            TargetState::RecordingPrepared => self.write(TargetStatus::Prepared)?,
+            TargetState::RecordingPrepared => {
+                // What was said of an earlier machine does not hold for this one.
+                self.options.discard.take();
+                self.write(TargetStatus::Prepared)?;
+            }
             TargetState::Prepared => return self.await_commit(door),
             TargetState::Taking => self.take_storage()?,
             TargetState::RecordingRunning => self.write(TargetStatus::Running)?,
@@ -241,8 +245,11 @@ impl<'a> Session<'a> {
 
     /// Waits for the word of the source, for as long as this process lives.
     fn await_commit(&mut self, door: &mut Door) -> Result<TargetInput> {
+        if self.control.is_none() {
+            self.wait_again("it was not there any more when everything had come");
+        }
         loop {
-            if self.options.discard.is_cancelled() {
+            if self.options.discard.take() {
                 self.reason = Some(anyhow::anyhow!("the prepared machine was given up here, as asked"));
                 return Ok(TargetInput::Abort);
             }
@@ -293,7 +300,7 @@ impl<'a> Session<'a> {
         }
         let machine = self.plan.as_ref().map_or("", |plan| plan.machine.name.as_str());
         guest.refuse(&format!(
-            "this target holds {machine}, of which it waits to hear whether to run it (migration {}): discard it there if its source is dead",
+            "this target holds {machine}, of which it waits to hear whether to run it (migration {}): let it run there or discard it there if its source is dead, see `kvm-shim resolve --help`",
             self.hello.migration
         ));
         None

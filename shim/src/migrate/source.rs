@@ -15,7 +15,7 @@ use super::handover::{Handover, greet, hello};
 use super::handshake::{Pending, SourceInput, SourceState};
 use super::late::LateSource;
 use super::progress::{CancelToken, Observer, Progress};
-use super::record::{GIVEN_UP_MAX, Place, RECORD_VERSION, Records, SourceRecord};
+use super::record::{GIVEN_UP_MAX, Place, RECORD_VERSION, Records, SourceLock, SourceRecord};
 use super::senders::CONNECTIONS_MAX;
 use super::transport::{Address, Connector, Security};
 use super::wire::{Message, MigrationId, Plan, Role};
@@ -391,6 +391,14 @@ pub enum Resolved {
 /// If the record cannot be read.
 pub fn last_attempt(state_dir: &std::path::Path, machine: &str) -> Result<Option<SourceRecord>> {
     Records::open(state_dir)?.source(machine)
+}
+
+/// Takes the right to say where a machine is: whoever calls [`send`] or [`resolve`] holds it until that is settled.
+///
+/// # Errors
+/// If another process has it.
+pub fn lock(state_dir: &std::path::Path, machine: &str) -> Result<SourceLock> {
+    Records::open(state_dir)?.lock_source(machine)
 }
 
 /// Settles a migration that [`send`] left unresolved, in the same process (with its machine) or in a later one (without). The

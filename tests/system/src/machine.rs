@@ -70,6 +70,14 @@ impl Shim {
         Ok(shim)
     }
 
+    /// What `kvm-shim ARGUMENTS` prints; an error with what it complains of if it fails.
+    pub fn command(arguments: &[&str]) -> Result<String> {
+        let output = Command::new(binary("kvm-shim", "KVM_SHIM")?).args(arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(said)
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
