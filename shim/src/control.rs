@@ -17,7 +17,7 @@ use crate::migrate::progress::{CancelToken, Progress};
 use crate::migrate::source::{self, Resolve, Resolved, SendError, SendOptions};
 use crate::migrate::target::TargetEvent;
 use crate::migrate::transport::{Address, Listener, Security};
-use crate::migrate::{SourceLock, file, target};
+use crate::migrate::{MigrationId, SourceLock, file, target};
 use crate::setup::Devices;
 use crate::storage::{Releases, Takes};
 use crate::vm::host::KvmHost;
@@ -26,6 +26,10 @@ use crate::vm::machine::{Life, Machine, Storage};
 
 /// How long the test guest may take to verify everything.
 const VERIFY: Duration = Duration::from_secs(3600);
+/// How long it is waited for what is left to do when a machine has come.
+const ARRIVAL: Duration = Duration::from_millis(500);
+/// How long a question to the target, given up, may take to end.
+const QUESTION: Duration = Duration::from_secs(90);
 /// How long it may take to give up a machine that is prepared.
 const DISCARD: Duration = Duration::from_secs(10);
 /// How often it is looked at meanwhile.
@@ -54,6 +58,60 @@ struct Migration {
     told: bool,
     /// Held until it is settled where the machine is.
     lock: Option<SourceLock>,
+    /// What is being done that nothing else may be done beside.
+    activity: Option<Activity>,
+}
+
+/// What excludes everything else that changes where a machine is, or whether it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Activity {
+    /// It has come here; what is left of that comes to its end.
+    Arriving,
+    /// It is being sent.
+    Sending,
+    /// It is being saved to a file.
+    Saving,
+    /// It is being found out where it is.
+    Resolving,
+    /// It is being paused, resumed or stopped.
+    Switching,
+}
+
+impl Activity {
+    /// What a person is told who has to wait.
+    fn says(self) -> &'static str {
+        match self {
+            Self::Arriving => "the machine has not come here entirely: wait until its last pages are here",
+            Self::Sending => "the machine is being sent: wait, or cancel that first",
+            Self::Saving => "the machine is being saved to a file: wait until that is done",
+            Self::Resolving => "it is being found out where the machine is: wait, or cancel that first",
+            Self::Switching => "the machine is being paused, resumed or stopped: try again",
+        }
+    }
+}
+
+/// The right to be the only one that does something with the machine; over when dropped.
+struct Claim {
+    control: Option<Arc<Control>>,
+}
+
+impl Claim {
+    /// Gives the right back together with saying what came of it: who is told that may do the next thing at once.
+    fn end(mut self, migration: &mut Migration) {
+        migration.activity = None;
+        if let Some(control) = self.control.take() {
+            control.idle.notify_all();
+        }
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        if let Some(control) = self.control.take() {
+            locked(&control.migration).activity = None;
+            control.idle.notify_all();
+        }
+    }
 }
 
 /// What has come of waiting for a machine.
@@ -68,6 +126,7 @@ struct Awaited {
 /// A machine that is on its way here.
 #[derive(Debug)]
 struct Coming {
+    id: MigrationId,
     name: String,
     /// Everything is here. Its source is to say that it runs here.
     prepared: bool,
@@ -84,6 +143,8 @@ pub struct Control {
     awaited: Mutex<Awaited>,
     arrived: Condvar,
     migration: Mutex<Migration>,
+    /// Nothing is being done any more that excludes the rest.
+    idle: Condvar,
     stop_receiving: CancelToken,
     discard: CancelToken,
 }
@@ -109,6 +170,7 @@ impl Control {
             awaited: Mutex::new(Awaited { machine: Some(machine), ..Awaited::default() }),
             arrived: Condvar::new(),
             migration: Mutex::default(),
+            idle: Condvar::new(),
             stop_receiving: CancelToken::new(),
             discard: CancelToken::new(),
         }))
@@ -128,6 +190,7 @@ impl Control {
             awaited: Mutex::default(),
             arrived: Condvar::new(),
             migration: Mutex::default(),
+            idle: Condvar::new(),
             stop_receiving: CancelToken::new(),
             discard: CancelToken::new(),
         }))
@@ -171,9 +234,9 @@ impl Control {
                 }
             };
             match event {
-                TargetEvent::Created { machine, .. } => {
-                    let name = machine.clone();
-                    locked(&self.awaited).coming = Some(Coming { name, prepared: false, lost: None });
+                TargetEvent::Created { machine, migration } => {
+                    let (id, name) = (*migration, machine.clone());
+                    locked(&self.awaited).coming = Some(Coming { id, name, prepared: false, lost: None });
                 }
                 TargetEvent::Prepared => coming(&|coming| coming.prepared = true),
                 TargetEvent::Waiting { reason } => coming(&|coming| coming.lost = Some(reason.clone())),
@@ -186,12 +249,15 @@ impl Control {
                 _ => {}
             }
         };
-        let Some(received) = target::receive(listener, host, &options, &see)? else {
+        let received = target::receive(listener, host, &options, &see);
+        let mut migration = locked(&self.migration);
+        if migration.activity == Some(Activity::Arriving) {
+            migration.activity = None;
+            self.idle.notify_all();
+        }
+        let Some(received) = received? else {
             return Ok(());
         };
-        let mut migration = locked(&self.migration);
-        migration.info.id = received.migration.to_string();
-        migration.info.state = "arrived".into();
         if let Some(faults) = received.postcopy {
             migration.info.postcopy_faults = faults.faults;
             migration.info.postcopy_wait_us = Some([micros(faults.p50), micros(faults.p99)]);
@@ -199,8 +265,14 @@ impl Control {
         Ok(())
     }
 
+    /// The machine runs here, although pages may still be missing: it can be looked at, and no more until they are here.
     fn arrive(&self, host: &KvmHost) {
-        locked(&self.awaited).machine = host.latest();
+        let mut awaited = locked(&self.awaited);
+        let mut migration = locked(&self.migration);
+        migration.info.id = awaited.coming.as_ref().map_or_else(String::new, |coming| coming.id.to_string());
+        migration.info.state = "arrived".into();
+        migration.activity = Some(Activity::Arriving);
+        awaited.machine = host.latest();
         self.arrived.notify_all();
     }
 
@@ -300,56 +372,86 @@ impl Control {
         })
     }
 
-    fn idle_machine(&self) -> Result<Arc<Machine>> {
+    /// The machine, and the right to be the only one that does something with it.
+    fn claim(self: &Arc<Self>, activity: Activity) -> Result<(Arc<Machine>, Claim)> {
         let machine = self.machine()?;
-        let migration = locked(&self.migration);
-        if ["running", "unresolved"].contains(&migration.info.state.as_str()) {
-            let state = &migration.info.state;
-            return Err(refusal("busy", format!("a migration is {state}; cancel or resolve it first")));
+        let until = Instant::now() + ARRIVAL;
+        let mut migration = locked(&self.migration);
+        // What is left when a machine has come is over at once, but for missing pages.
+        while migration.activity == Some(Activity::Arriving) && Instant::now() < until {
+            let wait = until.saturating_duration_since(Instant::now());
+            let waited = self.idle.wait_timeout(migration, wait);
+            migration = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
-        Ok(machine)
+        if let Some(other) = migration.activity {
+            return Err(refusal("busy", other.says()));
+        }
+        let unresolved = migration.info.state == "unresolved";
+        if unresolved != (activity == Activity::Resolving) {
+            let message = if unresolved {
+                "nobody knows whether the machine runs where it was sent: see `kvm-shim resolve --help`"
+            } else {
+                "there is no migration to resolve"
+            };
+            return Err(refusal(if unresolved { "busy" } else { "state" }, message));
+        }
+        let life = machine.life();
+        if life.is_over() {
+            let message =
+                format!("the machine {} is not here any more: it is {}", machine.name(), life.name());
+            return Err(refusal("state", message));
+        }
+        migration.activity = Some(activity);
+        drop(migration);
+        Ok((machine, Claim { control: Some(self.clone()) }))
     }
 
     /// `POST /v1/vm/pause`.
     ///
     /// # Errors
-    /// If it can't be paused, or moves.
-    pub fn pause(&self) -> Result<VmInfo> {
-        self.idle_machine()?.pause()?;
+    /// If it can't be paused, or something else is being done with it.
+    pub fn pause(self: &Arc<Self>) -> Result<VmInfo> {
+        let (machine, _claim) = self.claim(Activity::Switching)?;
+        machine.pause()?;
         self.info()
     }
 
     /// `POST /v1/vm/resume`.
     ///
     /// # Errors
-    /// If it can't go on, or moves.
-    pub fn resume(&self) -> Result<VmInfo> {
-        self.idle_machine()?.resume()?;
+    /// If it can't go on, or something else is being done with it.
+    pub fn resume(self: &Arc<Self>) -> Result<VmInfo> {
+        let (machine, _claim) = self.claim(Activity::Switching)?;
+        machine.resume()?;
         self.info()
     }
 
     /// `POST /v1/vm/stop`: the guest is paused, its requests are completed, and the process ends.
     ///
     /// # Errors
-    /// If it moves.
-    pub fn stop(&self) -> Result<VmInfo> {
+    /// If something else is being done with it, or it is prepared and its source may have given it away.
+    pub fn stop(self: &Arc<Self>) -> Result<VmInfo> {
         if self.machine().is_err() {
-            let held = locked(&self.awaited).coming.as_ref().is_some_and(|coming| coming.prepared);
-            if held {
-                let message = "this process holds a machine that its source may have given away, which would be lost: settle that \
-                               first, with `kvm-shim resolve` at its source or with `--discard` here";
-                return Err(refusal("busy", message));
-            }
-            self.stop_receiving.cancel();
-            locked(&self.awaited).stopped = true;
-            self.arrived.notify_all();
-            return self.info();
+            return self.stop_waiting();
         }
-        let machine = self.idle_machine()?;
+        let (machine, _claim) = self.claim(Activity::Switching)?;
         machine.pause()?;
         let info = self.info()?;
         machine.stop();
         Ok(info)
+    }
+
+    fn stop_waiting(&self) -> Result<VmInfo> {
+        let held = locked(&self.awaited).coming.as_ref().is_some_and(|coming| coming.prepared);
+        if held {
+            let message = "this process holds a machine that its source may have given away, which would be lost: settle that \
+                           first, with `kvm-shim resolve` at its source or with `--discard` here";
+            return Err(refusal("busy", message));
+        }
+        self.stop_receiving.cancel();
+        locked(&self.awaited).stopped = true;
+        self.arrived.notify_all();
+        self.info()
     }
 
     /// `GET /v1/guest`.
@@ -417,10 +519,12 @@ impl Control {
     /// `POST /v1/vm/save`.
     ///
     /// # Errors
-    /// If the file can't be written; the machine goes on then.
-    pub fn save(&self, request: &SaveRequest) -> Result<MigrationInfo> {
-        let machine = self.idle_machine()?;
-        machine.set_storage(self.storage(&request.storage)?);
+    /// If the file can't be written; the machine goes on then. If something else is being done with the machine.
+    pub fn save(self: &Arc<Self>, request: &SaveRequest) -> Result<MigrationInfo> {
+        let storage = self.storage(&request.storage)?;
+        let (machine, _claim) = self.claim(Activity::Saving)?;
+        let _lock = source::lock(&self.state_dir, machine.name())?;
+        machine.set_storage(storage);
         let begun = Instant::now();
         let bytes = SourceMachine::ram(&*machine).bytes();
         file::save(&*machine, &request.path, Compression::None)?;
@@ -474,40 +578,55 @@ impl Control {
     /// # Errors
     /// If one is under way, or what is asked for is none.
     pub fn send(self: &Arc<Self>, request: &SendRequest) -> Result<MigrationInfo> {
-        let machine = self.idle_machine()?;
         let options = self.options(request)?;
         let storage = self.storage(&request.storage)?;
-        let lock = source::lock(&self.state_dir, machine.name())?;
-        let mut migration = locked(&self.migration);
-        if migration.info.state == "running" {
-            return Err(refusal("busy", "a migration is under way"));
+        let (machine, claim) = self.claim(Activity::Sending)?;
+        if machine.life() == Life::Paused {
+            let message =
+                "the machine is paused, and would run on the target: resume it first, or save it to a file";
+            return Err(refusal("state", message));
         }
+        let lock = source::lock(&self.state_dir, machine.name())?;
         machine.set_storage(storage);
+        let (info, cancel) = self.begin(&request.to, &machine, &options, lock);
+        let control = self.clone();
+        let sends = move || {
+            let observer = |progress: &Progress| control.see(progress);
+            let sent = source::send(&*machine, &options, &observer, &cancel);
+            control.sent(sent, claim);
+        };
+        if let Err(error) = std::thread::Builder::new().name("send".into()).spawn(sends) {
+            let mut migration = locked(&self.migration);
+            (migration.info.state, migration.lock) = ("failed".into(), None);
+            return Err(error).context("start the thread that sends the machine");
+        }
+        Ok(info)
+    }
+
+    /// A migration is under way from now on.
+    fn begin(
+        &self,
+        to: &str,
+        machine: &Machine,
+        options: &SendOptions,
+        lock: SourceLock,
+    ) -> (MigrationInfo, CancelToken) {
+        let mut migration = locked(&self.migration);
         *migration = Migration {
             info: MigrationInfo {
                 id: uuid::Uuid::new_v4().to_string(),
                 state: "running".into(),
-                to: request.to.clone(),
-                memory_bytes: SourceMachine::ram(&*machine).bytes(),
+                to: to.into(),
+                memory_bytes: SourceMachine::ram(machine).bytes(),
                 ..MigrationInfo::default()
             },
             cancel: CancelToken::new(),
             options: Some(options.clone()),
             told: false,
             lock: Some(lock),
+            activity: migration.activity,
         };
-        let (info, cancel) = (migration.info.clone(), migration.cancel.clone());
-        drop(migration);
-        let control = self.clone();
-        std::thread::Builder::new()
-            .name("send".into())
-            .spawn(move || {
-                let observer = |progress: &Progress| control.see(progress);
-                let sent = source::send(&*machine, &options, &observer, &cancel);
-                control.sent(sent);
-            })
-            .context("start the thread that sends the machine")?;
-        Ok(info)
+        (migration.info.clone(), migration.cancel.clone())
     }
 
     fn see(&self, progress: &Progress) {
@@ -515,7 +634,7 @@ impl Control {
         show_progress(&mut migration.info, progress);
     }
 
-    fn sent(&self, sent: Result<source::Report, SendError>) {
+    fn sent(&self, sent: Result<source::Report, SendError>, claim: Claim) {
         let mut migration = locked(&self.migration);
         match sent {
             Ok(report) => {
@@ -539,6 +658,7 @@ impl Control {
         if migration.info.state != "unresolved" {
             migration.lock = None;
         }
+        claim.end(&mut migration);
     }
 
     /// `GET /v1/migration`.
@@ -551,13 +671,13 @@ impl Control {
         Ok(migration.info.clone())
     }
 
-    /// `POST /v1/migration/cancel`.
+    /// `POST /v1/migration/cancel`. Also ends looking for a target that does not answer.
     ///
     /// # Errors
     /// If none is under way.
     pub fn cancel(&self) -> Result<MigrationInfo> {
         let migration = locked(&self.migration);
-        if migration.info.state != "running" {
+        if !matches!(migration.activity, Some(Activity::Sending | Activity::Resolving)) {
             return Err(refusal("state", "no migration is under way"));
         }
         migration.cancel.cancel();
@@ -568,28 +688,36 @@ impl Control {
     ///
     /// # Errors
     /// If there is nothing to resolve, or it stays unresolved.
-    pub fn retry(&self) -> Result<MigrationInfo> {
+    pub fn retry(self: &Arc<Self>) -> Result<MigrationInfo> {
         self.resolve(Resolve::Ask)
     }
 
-    /// `POST /v1/migration/resume-here`.
+    /// `POST /v1/migration/resume-here`. A question that is under way is given up first: its answer could still let the machine
+    /// run on the target.
     ///
     /// # Errors
     /// If there is nothing to resolve, or the machine can't go on here.
-    pub fn resume_here(&self) -> Result<MigrationInfo> {
+    pub fn resume_here(self: &Arc<Self>) -> Result<MigrationInfo> {
+        let until = Instant::now() + QUESTION;
+        let mut migration = locked(&self.migration);
+        while migration.activity == Some(Activity::Resolving) && Instant::now() < until {
+            migration.cancel.cancel();
+            let waited = self.idle.wait_timeout(migration, LOOK_EVERY);
+            migration = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+        drop(migration);
         self.resolve(Resolve::ForceHere)
     }
 
-    fn resolve(&self, how: Resolve) -> Result<MigrationInfo> {
-        let machine = self.machine()?;
-        let options = {
-            let migration = locked(&self.migration);
-            if migration.info.state != "unresolved" {
-                return Err(refusal("state", "there is no migration to resolve"));
-            }
-            migration.options.clone().context("nobody knows how the machine was sent")?
+    fn resolve(self: &Arc<Self>, how: Resolve) -> Result<MigrationInfo> {
+        let (machine, claim) = self.claim(Activity::Resolving)?;
+        let (options, cancel) = {
+            let mut migration = locked(&self.migration);
+            migration.cancel = CancelToken::new();
+            let options = migration.options.clone().context("nobody knows how the machine was sent")?;
+            (options, migration.cancel.clone())
         };
-        let resolved = source::resolve(Some(&*machine), machine.name(), &options, how, &CancelToken::new());
+        let resolved = source::resolve(Some(&*machine), machine.name(), &options, how, &cancel);
         let mut migration = locked(&self.migration);
         match resolved {
             Ok(Resolved::Here) => {
@@ -600,9 +728,18 @@ impl Control {
                 migration.info.state = "done".into();
                 migration.info.error = None;
             }
-            Err(error) => return Err(error.into()),
+            Err(error @ SendError::Failed(_)) => {
+                // It runs here; what failed came after that.
+                migration.info.state = "failed".into();
+                migration.info.error = Some(error.to_string());
+            }
+            Err(error) => {
+                drop(migration);
+                return Err(error.into());
+            }
         }
         migration.lock = None;
+        claim.end(&mut migration);
         Ok(migration.info.clone())
     }
 

@@ -32,7 +32,8 @@ fn a_machine_goes_on_elsewhere_from_a_file_once() {
         assert_eq!(world.runs(), 't');
         assert!(world.announced.load(SeqCst) && world.devices_started.load(SeqCst));
         assert_same(source.ram(), restored.machine.ram());
-        assert_eq!(files(dir.path()), [format!("vm.saved{RESTORED_SUFFIX}")]);
+        let left = files(dir.path());
+        assert!(left.len() == 1 && left[0].ends_with(RESTORED_SUFFIX), "{left:?}");
         assert!(restore(&path, &host).is_err(), "a second time");
         world.assert_rules_kept();
     }
@@ -83,6 +84,37 @@ fn whatever_fails_while_restoring_the_next_one_may_try() {
     let restored = restore(&path, &host).expect("restored");
     assert_same(source.ram(), restored.machine.ram());
     world.assert_rules_kept();
+}
+
+#[test]
+fn a_name_can_be_used_again_and_what_others_left_there_is_not_touched() {
+    let dir = tempfile::tempdir().expect("dir");
+    let path = dir.path().join("vm.saved");
+    // Somebody who could read along put it there.
+    std::fs::write(dir.path().join("vm.saved.unfinished"), "mine").expect("written");
+    for _ in 0..2 {
+        let world = World::new();
+        let source = FakeSource::new(&world, 4 << 20, Log::Classic, 500);
+        save(&source, &path, Compression::None).expect("saved");
+        let host = FakeHost { world: world.clone(), incompatible: false };
+        drop(restore(&path, &host).expect("restored"));
+    }
+    assert_eq!(std::fs::read(dir.path().join("vm.saved.unfinished")).expect("kept"), b"mine");
+    assert_eq!(files(dir.path()).len(), 3);
+}
+
+#[test]
+fn a_file_keeps_its_name_even_if_the_storage_cannot_be_given_back() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let source = FakeSource::new(&world, 4 << 20, Log::Classic, 500);
+    let path = dir.path().join("vm.saved");
+    save(&source, &path, Compression::None).expect("saved");
+    let host = FakeHost { world: world.clone(), incompatible: false };
+    world.fail("target resume");
+    world.fail("return_storage");
+    let error = format!("{:#}", restore(&path, &host).err().expect("fails"));
+    assert!(error.contains("target resume was told to fail") && error.contains("return_storage"), "{error}");
+    assert_eq!(files(dir.path()), ["vm.saved"]);
 }
 
 #[test]

@@ -172,7 +172,8 @@ pub fn verb(api: &Api, verb: &str, json: bool) -> Result<Exit> {
 /// # Errors
 /// If the process can't be asked, or has nothing to cancel.
 pub fn migration_verb(api: &Api, verb: &str, json: bool) -> Result<Exit> {
-    let info: MigrationInfo = Client::new(&api.api).post::<(), _>(&format!("/v1/migration/{verb}"), None)?;
+    let client = Client::new(&api.api).with_timeout(LONG);
+    let info: MigrationInfo = client.post::<(), _>(&format!("/v1/migration/{verb}"), None)?;
     if json {
         print_json(&info)?;
     } else {

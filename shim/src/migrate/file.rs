@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::{BatchBuilder, Compression, Packer, Unpacker};
 use super::presence::Presence;
-use super::record::{open_private, sync_directory};
+use super::record::{create_private, sync_directory};
 use super::wire::{
     HANDOVER_MAX, HEADER_BYTES, Header, KIND_COMMIT, KIND_PAGES, KIND_SAVE_BEGIN, KIND_SAVE_END, KIND_STATE,
     MigrationId, STATE_MAX, kind_name,
@@ -79,9 +79,9 @@ pub struct Restored {
 /// which is said.
 pub fn save(machine: &dyn SourceMachine, path: &Path, compression: Compression) -> Result<SaveReport> {
     ensure!(fs::symlink_metadata(path).is_err(), "{} is there already: take another name", path.display());
-    let unfinished = with_suffix(path, UNFINISHED_SUFFIX);
+    let unfinished = with_suffix(path, &format!(".{}{UNFINISHED_SUFFIX}", MigrationId::new()));
+    let mut done = Done { ran: machine.is_running(), ..Done::default() };
     machine.pause().context("pause the machine")?;
-    let mut done = Done::default();
     match write(machine, path, &unfinished, compression, &mut done) {
         Ok(report) => {
             machine.end();
@@ -103,6 +103,8 @@ pub fn save(machine: &dyn SourceMachine, path: &Path, compression: Compression) 
 /// What was done so far that has to be undone before a machine may go on.
 #[derive(Debug, Clone, Copy, Default)]
 struct Done {
+    /// It ran before.
+    ran: bool,
     /// The storage was given away, perhaps in part.
     released: bool,
     /// The file was given its name, or that was tried.
@@ -125,7 +127,7 @@ fn go_on(machine: &dyn SourceMachine, path: &Path, unfinished: &Path, done: Done
     if done.released {
         machine.reclaim_storage().context("take the storage back")?;
     }
-    machine.resume().context("let the machine go on")
+    if done.ran { machine.resume().context("let the machine go on") } else { Ok(()) }
 }
 
 fn write(
@@ -135,7 +137,7 @@ fn write(
     compression: Compression,
     done: &mut Done,
 ) -> Result<SaveReport> {
-    let mut writer = Writer { file: BufWriter::new(open_private(unfinished)?), bytes: 0 };
+    let mut writer = Writer { file: BufWriter::new(create_private(unfinished)?), bytes: 0 };
     writer.write(&FILE_MAGIC)?;
     let begin = Begin { version: FILE_VERSION, id: MigrationId::new(), machine: machine.description()? };
     writer.message(KIND_SAVE_BEGIN, &[&serde_json::to_vec(&begin)?])?;
@@ -229,16 +231,18 @@ pub fn restore(path: &Path, host: &dyn TargetHost) -> Result<Restored> {
         let file = File::open(path).context("open the file")?;
         let inode = file.metadata().context("look at the file")?.ino();
         let mut reader = Reader::new(file)?;
-        let (mut machine, description) = reader.machine(host)?;
+        let (mut machine, description, id) = reader.machine(host)?;
         let handover = reader.rest(machine.as_mut())?;
-        let claimed = claim(path, inode)?;
+        let claimed = claim(path, inode, id)?;
         if let Err(error) = run(machine.as_mut(), &handover) {
             // Nothing has run: the next may try.
             let freed = machine.return_storage();
             drop(machine);
-            freed.context("give the storage back")?;
-            rename_new(&claimed, path)?;
-            sync_directory(directory(path))?;
+            let back = rename_new(&claimed, path).and_then(|()| sync_directory(directory(path)));
+            let error = [freed.context("give the storage back"), back]
+                .into_iter()
+                .filter_map(Result::err)
+                .fold(error, |error, trouble| error.context(format!("and then: {trouble:#}")));
             return Err(error);
         }
         if let Err(error) = machine.start_devices() {
@@ -258,8 +262,9 @@ fn run(machine: &mut dyn TargetMachine, handover: &[u8]) -> Result<()> {
 }
 
 /// Takes the file's name away, so that nobody else restores it.
-fn claim(path: &Path, inode: u64) -> Result<PathBuf> {
-    let claimed = with_suffix(path, RESTORED_SUFFIX);
+fn claim(path: &Path, inode: u64, id: MigrationId) -> Result<PathBuf> {
+    // Others that were saved under the same name before have been here.
+    let claimed = with_suffix(path, &format!(".{id}{RESTORED_SUFFIX}"));
     rename_new(path, &claimed).context("claim the file: another may have restored the machine from it")?;
     // Somebody may have put another file there since it was opened.
     let same = fs::symlink_metadata(&claimed).is_ok_and(|found| found.ino() == inode);
@@ -329,7 +334,10 @@ impl Reader {
     }
 
     /// A machine that waits for its memory and state.
-    fn machine(&mut self, host: &dyn TargetHost) -> Result<(Box<dyn TargetMachine>, Description)> {
+    fn machine(
+        &mut self,
+        host: &dyn TargetHost,
+    ) -> Result<(Box<dyn TargetMachine>, Description, MigrationId)> {
         let body = self.expect(KIND_SAVE_BEGIN)?;
         let begin: Begin =
             serde_json::from_slice(&body).context("the file's beginning is not what it should be")?;
@@ -349,7 +357,7 @@ impl Reader {
             machine.ram().bytes(),
             begin.machine.memory_bytes
         );
-        Ok((machine, begin.machine))
+        Ok((machine, begin.machine, begin.id))
     }
 
     /// Memory and state. What was handed over with the storage is returned.
@@ -436,7 +444,7 @@ mod tests {
         let (path, unfinished) = (dir.path().join("vm"), dir.path().join("vm.unfinished"));
         let machine = Paused { ram: GuestRam::new(2 << 20, false).expect("ram"), resumed: 0.into() };
         let resumed = || machine.resumed.load(std::sync::atomic::Ordering::SeqCst);
-        let published = Done { released: true, published: true };
+        let published = Done { ran: true, released: true, published: true };
         // Published, and gone since: another has it.
         assert!(go_on(&machine, &path, &unfinished, published).is_err());
         assert_eq!(resumed(), 0);

@@ -132,7 +132,7 @@ impl Records {
     /// If another process has it.
     pub fn lock_source(&self, machine: &str) -> Result<SourceLock> {
         let path = self.source_path(machine).with_extension("lock");
-        let file = open_private(&path)?;
+        let file = open_lock(&path)?;
         let until = Instant::now() + LOCK_PATIENCE;
         loop {
             match file.try_lock() {
@@ -249,19 +249,38 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>> {
 pub(super) fn write_durably(path: &Path, content: &[u8]) -> Result<()> {
     let Some(directory) = path.parent() else { bail!("{} is in no directory", path.display()) };
     let temporary = path.with_extension("new");
-    let mut file = open_private(&temporary)?;
+    // Left by a process that died.
+    match fs::remove_file(&temporary) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("remove the old {}", temporary.display()));
+        }
+        _ => {}
+    }
+    let mut file = create_private(&temporary)?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&temporary, path)?;
     sync_directory(directory)
 }
 
-/// A new file that only its owner can read: secrets and guests' memory go into it.
-pub(super) fn open_private(path: &Path) -> Result<File> {
+/// A new file that only its owner can read: secrets and guests' memory go into it. What is there under this name already is
+/// somebody else's, who could read along.
+///
+/// # Errors
+/// If something of this name is there, or the file can't be made.
+pub(super) fn create_private(path: &Path) -> Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = File::options();
-    options.write(true).create(true).truncate(true).mode(0o600);
+    options.write(true).create_new(true).mode(0o600);
     options.open(path).with_context(|| format!("make the file {}", path.display()))
+}
+
+/// A file without content, to lock.
+fn open_lock(path: &Path) -> Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let mut options = File::options();
+    options.write(true).create(true).truncate(false).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    options.open(path).with_context(|| format!("open the lock {}", path.display()))
 }
 
 /// What was renamed in a directory stays so.

@@ -452,6 +452,10 @@ fn make_vcpu(
 }
 
 impl SourceMachine for Machine {
+    fn is_running(&self) -> bool {
+        self.life() == Life::Running
+    }
+
     fn description(&self) -> Result<Description> {
         Ok(Description {
             name: self.name.clone(),

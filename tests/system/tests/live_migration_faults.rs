@@ -102,13 +102,17 @@ fn wait_for_a_moment(place: &Place, source: &Shim, random: &mut ChaCha8Rng) {
         }
         // Between the source's word that it gave the machine away and the target's that it runs.
         _ => {
-            while source.migration().is_ok_and(|info| info["state"] == "running") {
-                if place.noted("outgoing-vm.json").contains("handed-over") {
+            let watched = Instant::now();
+            while !place.noted("outgoing-vm.json").contains("handed-over") {
+                let asks = watched.elapsed() > Duration::from_millis(300);
+                if asks && source.migration().is_ok_and(|info| info["state"] != "running") {
                     break;
                 }
                 assert!(Instant::now() < until, "the migration does not get on");
             }
-            std::thread::sleep(Duration::from_micros(random.random_range(0..5_000)));
+            if random.random_bool(0.5) {
+                std::thread::sleep(Duration::from_micros(random.random_range(0..4_000)));
+            }
         }
     }
 }
@@ -178,9 +182,17 @@ fn the_death_of_the_target_at_any_moment_leaves_the_machine_where_it_is() {
                 unknown += 1;
                 assert!(again.is_none(), "{info} {}", now.log());
                 assert_eq!(now.state(), "paused", "{info}");
-                assert!(now.call("POST", "/v1/vm/resume", None).is_err());
-                now.call("POST", "/v1/migration/resume-here", None).unwrap();
-                now.wait_state("running", MINUTE).unwrap();
+                for verb in ["resume", "pause", "stop"] {
+                    assert!(now.call("POST", &format!("/v1/vm/{verb}"), None).is_err(), "{verb}");
+                }
+                std::thread::scope(|scope| {
+                    // Somebody still asks the target when somebody else decides.
+                    let retry = scope.spawn(|| now.call("POST", "/v1/migration/retry", None));
+                    std::thread::sleep(Duration::from_millis(random.random_range(0..50)));
+                    now.call("POST", "/v1/migration/resume-here", None).unwrap();
+                    now.wait_state("running", MINUTE).unwrap();
+                    assert!(retry.join().unwrap().is_err());
+                });
             }
             other => panic!("{other}: {info}"),
         }

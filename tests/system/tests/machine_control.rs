@@ -1,0 +1,103 @@
+//! What may be asked of a machine while something else is being done with it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use system_tests::machine::{Shim, alone, has_kvm};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn start(dir: &Path, guest: &str) -> Shim {
+    let arguments = ["--memory", "64M", "--guest", guest].map(str::to_owned);
+    Shim::start(dir, "here", "run", &arguments).unwrap()
+}
+
+fn receiver(dir: &Path) -> (Shim, Value) {
+    let listen = format!("unix:{}", dir.join("m.sock").display());
+    let shim = Shim::start(dir, "there", "receive", &["--listen".to_owned(), listen.clone()]).unwrap();
+    (shim, json!({ "to": listen, "downtime_ms": 500 }))
+}
+
+fn assert_refused(shim: &Shim, path: &str, body: Option<&Value>) {
+    let answer = shim.call("POST", path, body);
+    assert!(answer.is_err(), "{path}: {answer:?}");
+}
+
+/// Nothing that would change where the machine is, or whether it runs.
+fn assert_all_refused(shim: &Shim, dir: &Path) {
+    let save = json!({ "path": dir.join("not.saved") });
+    assert_refused(shim, "/v1/vm/save", Some(&save));
+    assert_refused(shim, "/v1/migration", Some(&json!({ "to": "unix:/nowhere" })));
+    for verb in ["pause", "resume", "stop"] {
+        assert_refused(shim, &format!("/v1/vm/{verb}"), None);
+    }
+    assert!(!dir.join("not.saved").exists());
+}
+
+#[test]
+fn while_a_machine_is_sent_nothing_else_is_done_with_it() {
+    if !has_kvm() {
+        return;
+    }
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let now = start(dir.path(), "selftest,working-set=32M,rate=100M,pattern=random,fill=full");
+    let (next, mut request) = receiver(dir.path());
+    request["bandwidth"] = (4 << 20).into();
+    now.send(&request).unwrap();
+    assert_all_refused(&now, dir.path());
+    now.call("POST", "/v1/migration/cancel", None).unwrap();
+    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "cancelled");
+    // What was refused works at once when that is over.
+    now.call("POST", "/v1/vm/pause", None).unwrap();
+    assert_refused(&now, "/v1/migration", Some(&request));
+    assert_eq!(now.state(), "paused");
+    now.call("POST", "/v1/vm/resume", None).unwrap();
+    drop(next);
+    now.verify().unwrap();
+}
+
+#[test]
+fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
+    if !has_kvm() {
+        return;
+    }
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let now = start(dir.path(), "selftest,working-set=48M,rate=25M,pattern=random,fill=full");
+    let (next, mut request) = receiver(dir.path());
+    request["bandwidth"] = (8 << 20).into();
+    request["postcopy"] = true.into();
+    now.send(&request).unwrap();
+    next.wait_state("running", MINUTE).unwrap();
+    assert_refused(&next, "/v1/vm/save", Some(&json!({ "path": dir.path().join("not.saved") })));
+    assert_refused(&next, "/v1/vm/pause", None);
+    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
+    next.verify().unwrap();
+    next.call("POST", "/v1/vm/pause", None).unwrap();
+    next.call("POST", "/v1/vm/resume", None).unwrap();
+    next.verify().unwrap();
+}
+
+#[test]
+fn a_machine_that_was_paused_stays_so_when_it_cannot_be_saved_and_runs_when_it_is_restored() {
+    if !has_kvm() {
+        return;
+    }
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let mut now = start(dir.path(), "selftest,working-set=16M,rate=50M");
+    now.call("POST", "/v1/vm/pause", None).unwrap();
+    let nowhere = json!({ "path": dir.path().join("no/where") });
+    assert_refused(&now, "/v1/vm/save", Some(&nowhere));
+    assert_eq!(now.state(), "paused");
+    let file = dir.path().join("vm.saved");
+    now.call("POST", "/v1/vm/save", Some(&json!({ "path": file }))).unwrap();
+    assert!(now.wait_end().unwrap().success(), "{}", now.log());
+    let again = Shim::start(dir.path(), "again", "restore", &[file.display().to_string()]).unwrap();
+    again.wait_state("running", MINUTE).unwrap();
+    again.verify().unwrap();
+    assert!(!file.exists());
+}
