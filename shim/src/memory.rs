@@ -21,6 +21,16 @@ pub const HOLE_END: u64 = 4 << 30;
 /// Most memory of a guest.
 pub const MEMORY_MAX_BYTES: u64 = 1 << 40;
 
+/// Bytes of a huge page, of which a guest's memory can be made.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// What the kernel tells of the host's pool of them.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Bytes that the host is asked for at once.
+const FILL_BYTES: u64 = 1 << 30;
+/// How often a signal may interrupt that before it is given up.
+const FILL_TRIES_MAX: u32 = 10_000;
+
 /// Guest memory as vm-memory sees it. Its bitmap has what this process writes into it for the guest.
 pub type Memory = GuestMemoryMmap<AtomicBitmap>;
 
@@ -68,7 +78,9 @@ impl Drop for Mapping {
 }
 
 impl GuestRam {
-    /// Memory of `bytes`, a multiple of 2 MiB, all zeroes. `huge_pages` takes it from the host's pool of 2 MiB pages.
+    /// Memory of `bytes`, a multiple of 2 MiB, all zeroes. `huge_pages` takes it from the host's pool of 2 MiB pages, all of it
+    /// at once: what the pool lacks is told here, as whoever touches a page that cannot be had later is killed. That takes the
+    /// time in which the host clears so much memory.
     ///
     /// # Errors
     /// If the size is none, or the host has not got the memory or the huge pages.
@@ -78,14 +90,14 @@ impl GuestRam {
             "a guest's memory is a multiple of 2M, up to {} GiB; {bytes} bytes are not",
             MEMORY_MAX_BYTES >> 30
         );
-        let file = Arc::new(memfd(bytes, huge_pages).with_context(|| {
+        let free = huge_pages.then(huge_pages_free).flatten();
+        let (file, mapping) = take(bytes, huge_pages).with_context(|| {
             if huge_pages {
-                format!("take {bytes} bytes from the pool of huge pages (see /proc/sys/vm/nr_hugepages)")
+                no_huge_pages(bytes, free)
             } else {
-                format!("make a memfd of {bytes} bytes")
+                format!("make a memfd of {bytes} bytes and map it")
             }
-        })?);
-        let mapping = map(&file, bytes as usize).context("map the guest's memory")?;
+        })?;
         let low = bytes.min(HOLE_START);
         let mut regions = vec![RamRegion { slot: 0, guest_start: 0, len: low, first_page: 0 }];
         if bytes > low {
@@ -205,8 +217,13 @@ impl GuestRam {
     /// Gives pages back to the host; they read as zeroes afterwards.
     ///
     /// # Errors
-    /// If the host refuses.
+    /// If the host refuses, and for memory in huge pages: another process may take what the pool gets back, and who touches
+    /// the page afterwards is killed.
     pub fn discard(&self, first: u64, pages: u64) -> io::Result<()> {
+        if self.huge_pages {
+            let reason = "huge pages are not given back while the guest has them: take memory without them";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
+        }
         let (offset, len) = (first * PAGE_BYTES as u64, pages * PAGE_BYTES as u64);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: plain system call on a descriptor of ours.
@@ -222,6 +239,69 @@ impl GuestRam {
             into.insert_bits(place.first_page, &bits);
         }
     }
+}
+
+/// Huge pages of 2 MiB that this host can still give to a new guest: those that nobody has or was promised, and those that
+/// the kernel may add to the pool. `None`: the kernel does not say, or has none of this size.
+pub fn huge_pages_free() -> Option<u64> {
+    let count = |name: &str| {
+        std::fs::read_to_string(format!("{POOL}/{name}_hugepages")).ok()?.trim().parse::<u64>().ok()
+    };
+    let idle = count("free")?.saturating_sub(count("resv")?);
+    Some(idle + count("nr_overcommit")?.saturating_sub(count("surplus")?))
+}
+
+/// Says that a host with `free` huge pages of 2 MiB cannot give `needed`, and what to do.
+pub fn too_few_huge_pages(needed: u64, free: u64) -> String {
+    format!(
+        "the machine needs {needed} huge pages of 2 MiB, and {free} are free on this host: raise vm.nr_hugepages by at least {} \
+         (or nr_hugepages in {POOL}, where 2 MiB are not the usual size)",
+        needed.saturating_sub(free)
+    )
+}
+
+/// Why there was no memory in huge pages where `free` were free before.
+fn no_huge_pages(bytes: u64, free: Option<u64>) -> String {
+    let needed = bytes / HUGE_PAGE_BYTES;
+    match free {
+        Some(free) if free < needed => too_few_huge_pages(needed, free),
+        Some(free) => format!(
+            "the host does not give {needed} huge pages of 2 MiB though {free} are free: look at the limits of this process \
+             (hugetlb.2MB.max of its cgroup, the memory nodes of its cpuset)"
+        ),
+        None => format!(
+            "the host does not give {needed} huge pages of 2 MiB: see whether it has any in {POOL} (vm.nr_hugepages)"
+        ),
+    }
+}
+
+/// The memfd of a guest and its mapping. In huge pages all of it is there when this returns.
+fn take(bytes: u64, huge_pages: bool) -> io::Result<(Arc<File>, Mapping)> {
+    let file = memfd(bytes, huge_pages)?;
+    let mapping = map(&file, bytes as usize, huge_pages)?;
+    if huge_pages {
+        fill(&file, bytes)?;
+    }
+    Ok((Arc::new(file), mapping))
+}
+
+/// Has the host put memory behind the whole file. That the pool has pages for it was promised when it was mapped, but only
+/// taking them shows what a cgroup or a cpuset forbids.
+fn fill(file: &File, bytes: u64) -> io::Result<()> {
+    for at in (0..bytes).step_by(FILL_BYTES as usize) {
+        let len = FILL_BYTES.min(bytes - at);
+        let mut tries = 0;
+        // SAFETY: plain system call on a descriptor of ours.
+        while unsafe { libc::fallocate(file.as_raw_fd(), 0, at as i64, len as i64) } != 0 {
+            let error = io::Error::last_os_error();
+            tries += 1;
+            // A signal of this process. What was taken until then stays.
+            if error.kind() != io::ErrorKind::Interrupted || tries == FILL_TRIES_MAX {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn memfd(bytes: u64, huge_pages: bool) -> io::Result<File> {
@@ -246,8 +326,10 @@ fn memfd(bytes: u64, huge_pages: bool) -> io::Result<File> {
     Ok(file)
 }
 
-fn map(file: &File, len: usize) -> io::Result<Mapping> {
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+fn map(file: &File, len: usize, huge_pages: bool) -> io::Result<Mapping> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // Without NORESERVE the pool sets all huge pages aside at once, or refuses.
+    let flags = libc::MAP_SHARED | if huge_pages { 0 } else { libc::MAP_NORESERVE };
     // SAFETY: a new mapping at a place of the kernel's choice.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
     if start == libc::MAP_FAILED {
