@@ -14,7 +14,7 @@ use migrate_fake::{FakeHost, FakeSource, Log, Target, World, assert_same, option
 use shim::device::Device;
 use shim::device::serial::SerialPort;
 use shim::guest::{self, Command};
-use shim::machine::{DeviceDescription, Finding, SourceMachine};
+use shim::machine::{Description, DeviceDescription, Finding, SourceMachine, TargetHost};
 use shim::memory::{GuestRam, HUGE_PAGE_BYTES, huge_pages_free};
 use shim::migrate::{Security, SendError};
 use shim::pages::PAGE_BYTES;
@@ -184,6 +184,29 @@ fn no_page_of_it_can_be_given_back() {
     let Some(_pool) = Pool::with_free(1) else { return };
     let ram = GuestRam::new(HUGE_PAGE_BYTES, true).unwrap();
     assert!(ram.discard(0, ram.pages()).is_err(), "touching it could kill the machine afterwards");
+}
+
+#[test]
+fn a_target_without_enough_huge_pages_says_so_before_anything_moves() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let Some(_pool) = Pool::with_free(0) else { return };
+    let small = machine(&kvm, 8 * MIB, false);
+    let target = KvmHost::new(kvm::open().unwrap(), Box::new(NoDevices), None);
+    let needs = |pages: u64| {
+        let small = SourceMachine::description(&*small).unwrap();
+        Description { huge_pages: true, memory_bytes: pages * HUGE_PAGE_BYTES, ..small }
+    };
+    let free = huge_pages_free().unwrap();
+    assert!(free == 0 || target.check(&needs(free)).is_compatible());
+    let report = target.check(&needs(free + 3));
+    let [finding] = &report.findings[..] else { panic!("{report:?}") };
+    assert_eq!((finding.kind.as_str(), finding.fatal), ("memory", true));
+    assert!(finding.needed.starts_with(&(free + 3).to_string()), "{finding:?}");
+    assert!(finding.found.starts_with(&free.to_string()), "{finding:?}");
+    assert!(finding.message.contains("vm.nr_hugepages by at least 3"), "{finding:?}");
+    assert!(
+        target.create(&needs(free + 3)).is_err_and(|error| error.to_string().contains("vm.nr_hugepages"))
+    );
 }
 
 /// Also what only a backend wrote, through a mapping of its own.
