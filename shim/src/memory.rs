@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -32,7 +32,33 @@ const FILL_BYTES: u64 = 1 << 30;
 const FILL_TRIES_MAX: u32 = 10_000;
 
 /// Guest memory as vm-memory sees it. Its bitmap has what this process writes into it for the guest.
-pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+pub type Memory = GuestMemoryMmap<OwnWrites>;
+
+/// What this process writes into a region, page by page. A region may be kept for longer than its [`GuestRam`], so it keeps
+/// the mapping as well.
+#[derive(Debug)]
+pub struct OwnWrites {
+    pages: AtomicBitmap,
+    _mapping: Arc<Mapping>,
+}
+
+impl<'a> WithBitmapSlice<'a> for OwnWrites {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for OwnWrites {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.pages.mark_dirty(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.pages.dirty_at(offset)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
 
 /// A range of guest-physical addresses with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +76,7 @@ pub struct RamRegion {
 /// The memory of one guest.
 #[derive(Debug)]
 pub struct GuestRam {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     file: Arc<File>,
     regions: Vec<RamRegion>,
     memory: Memory,
@@ -72,7 +98,8 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `map` and nobody keeps a pointer into it: all that have one hold the `GuestRam`.
+        // SAFETY: the range was mapped by `map` and nobody keeps a pointer into it: all that have one hold the `GuestRam` or a
+        // region, and these this mapping.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
@@ -108,18 +135,17 @@ impl GuestRam {
             .iter()
             .map(|region| {
                 let offset = region.first_page as usize * PAGE_BYTES;
-                // SAFETY: the range is within the mapping, which lives as long as the `GuestRam` and so the region.
+                let pages = AtomicBitmap::with_len(region.len as usize);
+                let writes = OwnWrites { pages, _mapping: mapping.clone() };
+                // SAFETY: the range is within the mapping, which the region keeps with its bitmap.
                 let part = unsafe {
                     let start = mapping.start.as_ptr().add(offset);
-                    MmapRegionBuilder::new_with_bitmap(
-                        region.len as usize,
-                        AtomicBitmap::with_len(region.len as usize),
-                    )
-                    .with_raw_mmap_pointer(start)
-                    .with_file_offset(FileOffset::from_arc(file.clone(), offset as u64))
-                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_SHARED)
-                    .build()
+                    MmapRegionBuilder::new_with_bitmap(region.len as usize, writes)
+                        .with_raw_mmap_pointer(start)
+                        .with_file_offset(FileOffset::from_arc(file.clone(), offset as u64))
+                        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                        .with_mmap_flags(libc::MAP_SHARED)
+                        .build()
                 }?;
                 GuestRegionMmap::new(part, GuestAddress(region.guest_start)).context("a region that wraps")
             })
@@ -235,7 +261,7 @@ impl GuestRam {
     pub fn take_own_writes(&self, into: &mut PageSet) {
         use vm_memory::GuestMemoryBackend;
         for (region, place) in self.memory.iter().zip(&self.regions) {
-            let bits = vm_memory::MmapRegion::bitmap(region).get_and_reset();
+            let bits = vm_memory::MmapRegion::bitmap(region).pages.get_and_reset();
             into.insert_bits(place.first_page, &bits);
         }
     }
@@ -276,13 +302,13 @@ fn no_huge_pages(bytes: u64, free: Option<u64>) -> String {
 }
 
 /// The memfd of a guest and its mapping. In huge pages all of it is there when this returns.
-fn take(bytes: u64, huge_pages: bool) -> io::Result<(Arc<File>, Mapping)> {
+fn take(bytes: u64, huge_pages: bool) -> io::Result<(Arc<File>, Arc<Mapping>)> {
     let file = memfd(bytes, huge_pages)?;
     let mapping = map(&file, bytes as usize, huge_pages)?;
     if huge_pages {
         fill(&file, bytes)?;
     }
-    Ok((Arc::new(file), mapping))
+    Ok((Arc::new(file), Arc::new(mapping)))
 }
 
 /// Has the host put memory behind the whole file. That the pool has pages for it was promised when it was mapped, but only
@@ -371,6 +397,15 @@ mod tests {
         set.clear();
         ram.take_own_writes(&mut set);
         assert!(set.is_empty());
+    }
+
+    #[test]
+    fn what_keeps_the_memory_keeps_it_mapped() {
+        let ram = GuestRam::new(4 << 20, false).expect("ram");
+        let kept = ram.memory().clone();
+        drop(ram);
+        kept.write_obj(7u64, GuestAddress(4096)).expect("in memory");
+        assert_eq!(kept.read_obj::<u64>(GuestAddress(4096)).expect("in memory"), 7);
     }
 
     #[test]
