@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
@@ -21,8 +21,44 @@ pub const HOLE_END: u64 = 4 << 30;
 /// Most memory of a guest.
 pub const MEMORY_MAX_BYTES: u64 = 1 << 40;
 
+/// Bytes of a huge page, of which a guest's memory can be made.
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// What the kernel tells of the host's pool of them.
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Bytes that the host is asked for at once.
+const FILL_BYTES: u64 = 1 << 30;
+/// How often a signal may interrupt that before it is given up.
+const FILL_TRIES_MAX: u32 = 10_000;
+
 /// Guest memory as vm-memory sees it. Its bitmap has what this process writes into it for the guest.
-pub type Memory = GuestMemoryMmap<AtomicBitmap>;
+pub type Memory = GuestMemoryMmap<OwnWrites>;
+
+/// What this process writes into a region, page by page. A region may be kept for longer than its [`GuestRam`], so it keeps
+/// the mapping as well.
+#[derive(Debug)]
+pub struct OwnWrites {
+    pages: AtomicBitmap,
+    _mapping: Arc<Mapping>,
+}
+
+impl<'a> WithBitmapSlice<'a> for OwnWrites {
+    type S = RefSlice<'a, Self>;
+}
+
+impl Bitmap for OwnWrites {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.pages.mark_dirty(offset, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.pages.dirty_at(offset)
+    }
+
+    fn slice_at(&self, offset: usize) -> RefSlice<'_, Self> {
+        RefSlice::new(self, offset)
+    }
+}
 
 /// A range of guest-physical addresses with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +76,7 @@ pub struct RamRegion {
 /// The memory of one guest.
 #[derive(Debug)]
 pub struct GuestRam {
-    mapping: Mapping,
+    mapping: Arc<Mapping>,
     file: Arc<File>,
     regions: Vec<RamRegion>,
     memory: Memory,
@@ -62,13 +98,16 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range was mapped by `map` and nobody keeps a pointer into it: all that have one hold the `GuestRam`.
+        // SAFETY: the range was mapped by `map` and nobody keeps a pointer into it: all that have one hold the `GuestRam` or a
+        // region, and these this mapping.
         unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
     }
 }
 
 impl GuestRam {
-    /// Memory of `bytes`, a multiple of 2 MiB, all zeroes. `huge_pages` takes it from the host's pool of 2 MiB pages.
+    /// Memory of `bytes`, a multiple of 2 MiB, all zeroes. `huge_pages` takes it from the host's pool of 2 MiB pages, all of it
+    /// at once: what the pool lacks is told here, as whoever touches a page that cannot be had later is killed. That takes the
+    /// time in which the host clears so much memory.
     ///
     /// # Errors
     /// If the size is none, or the host has not got the memory or the huge pages.
@@ -78,14 +117,14 @@ impl GuestRam {
             "a guest's memory is a multiple of 2M, up to {} GiB; {bytes} bytes are not",
             MEMORY_MAX_BYTES >> 30
         );
-        let file = Arc::new(memfd(bytes, huge_pages).with_context(|| {
+        let free = huge_pages.then(huge_pages_free).flatten();
+        let (file, mapping) = take(bytes, huge_pages).with_context(|| {
             if huge_pages {
-                format!("take {bytes} bytes from the pool of huge pages (see /proc/sys/vm/nr_hugepages)")
+                no_huge_pages(bytes, free)
             } else {
-                format!("make a memfd of {bytes} bytes")
+                format!("make a memfd of {bytes} bytes and map it")
             }
-        })?);
-        let mapping = map(&file, bytes as usize).context("map the guest's memory")?;
+        })?;
         let low = bytes.min(HOLE_START);
         let mut regions = vec![RamRegion { slot: 0, guest_start: 0, len: low, first_page: 0 }];
         if bytes > low {
@@ -96,18 +135,17 @@ impl GuestRam {
             .iter()
             .map(|region| {
                 let offset = region.first_page as usize * PAGE_BYTES;
-                // SAFETY: the range is within the mapping, which lives as long as the `GuestRam` and so the region.
+                let pages = AtomicBitmap::with_len(region.len as usize);
+                let writes = OwnWrites { pages, _mapping: mapping.clone() };
+                // SAFETY: the range is within the mapping, which the region keeps with its bitmap.
                 let part = unsafe {
                     let start = mapping.start.as_ptr().add(offset);
-                    MmapRegionBuilder::new_with_bitmap(
-                        region.len as usize,
-                        AtomicBitmap::with_len(region.len as usize),
-                    )
-                    .with_raw_mmap_pointer(start)
-                    .with_file_offset(FileOffset::from_arc(file.clone(), offset as u64))
-                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_SHARED)
-                    .build()
+                    MmapRegionBuilder::new_with_bitmap(region.len as usize, writes)
+                        .with_raw_mmap_pointer(start)
+                        .with_file_offset(FileOffset::from_arc(file.clone(), offset as u64))
+                        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                        .with_mmap_flags(libc::MAP_SHARED)
+                        .build()
                 }?;
                 GuestRegionMmap::new(part, GuestAddress(region.guest_start)).context("a region that wraps")
             })
@@ -205,8 +243,13 @@ impl GuestRam {
     /// Gives pages back to the host; they read as zeroes afterwards.
     ///
     /// # Errors
-    /// If the host refuses.
+    /// If the host refuses, and for memory in huge pages: another process may take what the pool gets back, and who touches
+    /// the page afterwards is killed.
     pub fn discard(&self, first: u64, pages: u64) -> io::Result<()> {
+        if self.huge_pages {
+            let reason = "huge pages are not given back while the guest has them: take memory without them";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, reason));
+        }
         let (offset, len) = (first * PAGE_BYTES as u64, pages * PAGE_BYTES as u64);
         let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         // SAFETY: plain system call on a descriptor of ours.
@@ -218,10 +261,73 @@ impl GuestRam {
     pub fn take_own_writes(&self, into: &mut PageSet) {
         use vm_memory::GuestMemoryBackend;
         for (region, place) in self.memory.iter().zip(&self.regions) {
-            let bits = vm_memory::MmapRegion::bitmap(region).get_and_reset();
+            let bits = vm_memory::MmapRegion::bitmap(region).pages.get_and_reset();
             into.insert_bits(place.first_page, &bits);
         }
     }
+}
+
+/// Huge pages of 2 MiB that this host can still give to a new guest: those that nobody has or was promised, and those that
+/// the kernel may add to the pool. `None`: the kernel does not say, or has none of this size.
+pub fn huge_pages_free() -> Option<u64> {
+    let count = |name: &str| {
+        std::fs::read_to_string(format!("{POOL}/{name}_hugepages")).ok()?.trim().parse::<u64>().ok()
+    };
+    let idle = count("free")?.saturating_sub(count("resv")?);
+    Some(idle + count("nr_overcommit")?.saturating_sub(count("surplus")?))
+}
+
+/// Says that a host with `free` huge pages of 2 MiB cannot give `needed`, and what to do.
+pub fn too_few_huge_pages(needed: u64, free: u64) -> String {
+    format!(
+        "the machine needs {needed} huge pages of 2 MiB, and {free} are free on this host: raise vm.nr_hugepages by at least {} \
+         (or nr_hugepages in {POOL}, where 2 MiB are not the usual size)",
+        needed.saturating_sub(free)
+    )
+}
+
+/// Why there was no memory in huge pages where `free` were free before.
+fn no_huge_pages(bytes: u64, free: Option<u64>) -> String {
+    let needed = bytes / HUGE_PAGE_BYTES;
+    match free {
+        Some(free) if free < needed => too_few_huge_pages(needed, free),
+        Some(free) => format!(
+            "the host does not give {needed} huge pages of 2 MiB though {free} are free: look at the limits of this process \
+             (hugetlb.2MB.max of its cgroup, the memory nodes of its cpuset)"
+        ),
+        None => format!(
+            "the host does not give {needed} huge pages of 2 MiB: see whether it has any in {POOL} (vm.nr_hugepages)"
+        ),
+    }
+}
+
+/// The memfd of a guest and its mapping. In huge pages all of it is there when this returns.
+fn take(bytes: u64, huge_pages: bool) -> io::Result<(Arc<File>, Arc<Mapping>)> {
+    let file = memfd(bytes, huge_pages)?;
+    let mapping = map(&file, bytes as usize, huge_pages)?;
+    if huge_pages {
+        fill(&file, bytes)?;
+    }
+    Ok((Arc::new(file), Arc::new(mapping)))
+}
+
+/// Has the host put memory behind the whole file. That the pool has pages for it was promised when it was mapped, but only
+/// taking them shows what a cgroup or a cpuset forbids.
+fn fill(file: &File, bytes: u64) -> io::Result<()> {
+    for at in (0..bytes).step_by(FILL_BYTES as usize) {
+        let len = FILL_BYTES.min(bytes - at);
+        let mut tries = 0;
+        // SAFETY: plain system call on a descriptor of ours.
+        while unsafe { libc::fallocate(file.as_raw_fd(), 0, at as i64, len as i64) } != 0 {
+            let error = io::Error::last_os_error();
+            tries += 1;
+            // A signal of this process. What was taken until then stays.
+            if error.kind() != io::ErrorKind::Interrupted || tries == FILL_TRIES_MAX {
+                return Err(error);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn memfd(bytes: u64, huge_pages: bool) -> io::Result<File> {
@@ -246,8 +352,10 @@ fn memfd(bytes: u64, huge_pages: bool) -> io::Result<File> {
     Ok(file)
 }
 
-fn map(file: &File, len: usize) -> io::Result<Mapping> {
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_NORESERVE);
+fn map(file: &File, len: usize, huge_pages: bool) -> io::Result<Mapping> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    // Without NORESERVE the pool sets all huge pages aside at once, or refuses.
+    let flags = libc::MAP_SHARED | if huge_pages { 0 } else { libc::MAP_NORESERVE };
     // SAFETY: a new mapping at a place of the kernel's choice.
     let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), 0) };
     if start == libc::MAP_FAILED {
@@ -289,6 +397,15 @@ mod tests {
         set.clear();
         ram.take_own_writes(&mut set);
         assert!(set.is_empty());
+    }
+
+    #[test]
+    fn what_keeps_the_memory_keeps_it_mapped() {
+        let ram = GuestRam::new(4 << 20, false).expect("ram");
+        let kept = ram.memory().clone();
+        drop(ram);
+        kept.write_obj(7u64, GuestAddress(4096)).expect("in memory");
+        assert_eq!(kept.read_obj::<u64>(GuestAddress(4096)).expect("in memory"), 7);
     }
 
     #[test]

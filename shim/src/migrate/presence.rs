@@ -7,7 +7,7 @@ use crate::memory::GuestRam;
 use crate::pages::PAGE_BYTES;
 
 /// Finds out which pages have memory behind them. The others are zero, and reading them would take memory from the host for
-/// nothing.
+/// nothing. Of a memory in huge pages all count as present, as they are ([`GuestRam::new`]).
 #[derive(Debug, Default)]
 pub(super) struct Presence {
     /// Bytes that were found to have memory behind them. Kept, as the kernel looks at each page on the way to the next hole. That

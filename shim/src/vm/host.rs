@@ -15,7 +15,7 @@ use crate::machine::{
     CompatibilityReport, CpuDescription, Description, DeviceDescription, Finding, MachineState,
     SourceMachine, TargetHost, TargetMachine,
 };
-use crate::memory::{GuestRam, MEMORY_MAX_BYTES};
+use crate::memory::{GuestRam, HUGE_PAGE_BYTES, MEMORY_MAX_BYTES, huge_pages_free, too_few_huge_pages};
 
 /// Makes the devices of a machine that comes in. What this host gives them (sockets, taps) it has from its command line.
 pub trait DeviceMaker: Send + Sync + fmt::Debug {
@@ -122,8 +122,11 @@ fn check_memory(wanted: &Description) -> Option<Finding> {
         let message = format!("a machine can't have {bytes} bytes of memory here");
         return Some(finding("memory", format!("{bytes} bytes"), "a multiple of 2 MiB".into(), message));
     }
+    if wanted.huge_pages {
+        return check_huge_pages(bytes / HUGE_PAGE_BYTES);
+    }
     let available = memory_available()?;
-    (!wanted.huge_pages && bytes > available).then(|| {
+    (bytes > available).then(|| {
         finding(
             "memory",
             format!("{} MiB", bytes >> 20),
@@ -133,6 +136,18 @@ fn check_memory(wanted: &Description) -> Option<Finding> {
                 bytes >> 20,
                 available >> 20
             ),
+        )
+    })
+}
+
+fn check_huge_pages(needed: u64) -> Option<Finding> {
+    let free = huge_pages_free()?;
+    (needed > free).then(|| {
+        finding(
+            "memory",
+            format!("{needed} huge pages of 2 MiB"),
+            format!("{free} free"),
+            too_few_huge_pages(needed, free),
         )
     })
 }

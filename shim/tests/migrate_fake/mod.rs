@@ -165,7 +165,11 @@ pub struct FakeSource {
 impl FakeSource {
     /// With stamped memory in the first half, zeroes in the rest; `rate` pages are written each second.
     pub fn new(world: &Arc<World>, bytes: u64, log: Log, rate: u64) -> Self {
-        let ram = GuestRam::new(bytes, false).expect("memory");
+        Self::with_ram(world, GuestRam::new(bytes, false).expect("memory"), log, rate)
+    }
+
+    /// The same in this memory.
+    pub fn with_ram(world: &Arc<World>, ram: Arc<GuestRam>, log: Log, rate: u64) -> Self {
         for page in 0..ram.pages() / 2 {
             ram.write_pages(page, &stamp(page, 0));
         }
@@ -293,7 +297,8 @@ pub fn description(bytes: u64) -> Description {
 
 impl SourceMachine for FakeSource {
     fn description(&self) -> Result<Description> {
-        Ok(description(self.shared.ram.bytes()))
+        let ram = &self.shared.ram;
+        Ok(Description { huge_pages: ram.huge_pages(), ..description(ram.bytes()) })
     }
 
     fn ram(&self) -> &Arc<GuestRam> {
@@ -472,7 +477,7 @@ impl TargetHost for FakeHost {
 
     fn create(&self, description: &Description) -> Result<Box<dyn TargetMachine>> {
         self.world.may_fail("create")?;
-        let ram = GuestRam::new(description.memory_bytes, false)?;
+        let ram = GuestRam::new(description.memory_bytes, description.huge_pages)?;
         *self.world.target_ram.lock().expect("nobody panics with it") = Some(ram.clone());
         Ok(Box::new(FakeTarget { world: self.world.clone(), ram, restored: false, took: false }))
     }
@@ -491,7 +496,12 @@ impl Target {
         Self::start_with(FakeHost { world: world.clone(), incompatible: false }, address, security, dir)
     }
 
-    pub fn start_with(host: FakeHost, address: &Address, security: &Security, dir: &Path) -> Self {
+    pub fn start_with(
+        host: impl TargetHost + 'static,
+        address: &Address,
+        security: &Security,
+        dir: &Path,
+    ) -> Self {
         let listener = Listener::bind(address, security).expect("listens");
         let address = listener.address().expect("address");
         let mut options = ReceiveOptions::new(dir.join("target"));
