@@ -144,7 +144,8 @@ pub trait TargetMachine: Send {
     /// Takes the state over, but runs nothing and touches no image yet. The memory need not be there yet (post-copy).
     fn restore(&mut self, state: &MachineState) -> Result<()>;
 
-    /// Opens the storage that the source has given away. `handover` is what [`SourceMachine::release_storage`] returned.
+    /// Opens the storage that the source has given away, and looks whether every device would find there what it needs, while
+    /// the source can still go on. `handover` is what [`SourceMachine::release_storage`] returned.
     fn take_storage(&mut self, handover: &[u8]) -> Result<()>;
 
     /// Gives it back: the source takes it again.
@@ -155,7 +156,8 @@ pub trait TargetMachine: Send {
     fn resume(&mut self) -> Result<()>;
 
     /// Lets the devices work, as soon as all of the memory is there: at once after [`TargetMachine::resume`], or at the end of
-    /// post-copy. What a backend reads of a page that is not there does not wait for it, unlike a processor.
+    /// post-copy. What a backend reads of a page that is not there does not wait for it, unlike a processor. The machine is
+    /// here for good by then: a device that lacks something goes on seeking it, and keeps no other from its work.
     fn start_devices(&mut self) -> Result<()> {
         Ok(())
     }

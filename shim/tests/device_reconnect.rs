@@ -268,7 +268,8 @@ fn a_target_waits_for_a_socket_that_begins_to_exist_when_it_goes_on() {
     wanted.deferred = true;
     let target = BlkDevice::new(wanted, ram.clone()).unwrap();
     target.restore(&state).unwrap();
-    assert!(!target.preflight().unwrap(), "there is nothing yet to compare with");
+    let error = format!("{:#}", target.preflight().unwrap_err());
+    assert!(error.contains("disk0") && error.contains("is it running"), "{error}");
     assert_eq!(target.description().size_bytes, Some(device_rig::DISK_BYTES));
     let starting = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(200));
@@ -280,6 +281,64 @@ fn a_target_waits_for_a_socket_that_begins_to_exist_when_it_goes_on() {
     drop(source);
     load.run(&ram, &target, 100);
     load.verify(&ram, &target);
+}
+
+#[test]
+fn a_paused_disk_goes_on_without_its_backend_and_is_served_when_that_is_back() {
+    let dir = dir();
+    let Some(mut daemon) = Daemon::start(dir.path(), 2) else { return };
+    let ram = memory();
+    let device = device(&daemon, 2, &ram);
+    let mut load = Load::new(set_up(&*device, &ram, 2, 0), 24);
+    for round in 0..4 {
+        load.run(&ram, &device, 100);
+        load.submit_all(&ram, &*device);
+        device.pause().unwrap();
+        load.submit_all(&ram, &*device);
+        if round > 0 {
+            daemon.kill();
+        }
+        if round == 3 {
+            // A pause while it is away, of a device that runs, is one that fails as it always did.
+            device.go_on();
+            load.submit_all(&ram, &*device);
+            daemon.restart();
+            device.pause().unwrap();
+            device.resume().unwrap();
+            continue;
+        }
+        let start = Instant::now();
+        device.go_on();
+        device.go_on();
+        assert!(start.elapsed() < Duration::from_secs(2), "nobody waits: {:?}", start.elapsed());
+        assert_eq!(device.is_connected(), round == 0);
+        load.submit_all(&ram, &*device);
+        if round > 0 {
+            daemon.restart();
+        }
+    }
+    load.run(&ram, &device, 100);
+    load.verify(&ram, &device);
+}
+
+#[test]
+fn a_disk_that_went_on_without_a_backend_that_fits_is_given_up_like_any_other() {
+    let (dir, other) = (dir(), dir());
+    let Some(daemon) = Daemon::start(dir.path(), 1) else { return };
+    let Some(worse) = Daemon::start_with(other.path(), 1, device_rig::DISK_BYTES / 2) else { return };
+    let ram = memory();
+    let source = device(&daemon, 1, &ram);
+    Load::new(set_up(&*source, &ram, 1, 0), 24).run(&ram, &source, 50);
+    source.pause().unwrap();
+    let mut wanted = options(worse.socket(), 1);
+    (wanted.deferred, wanted.reconnect) = (true, Duration::from_millis(300));
+    let target = BlkDevice::new(wanted, ram.clone()).unwrap();
+    target.restore(&source.save().unwrap()).unwrap();
+    target.go_on();
+    assert!(!target.is_connected());
+    eventually("the guest is told", || read32(&*target, 0x70) & 64 != 0);
+    let error = format!("{:#}", target.pause().unwrap_err());
+    assert!(error.contains("32768 sectors"), "{error}");
 }
 
 #[test]

@@ -85,8 +85,21 @@ pub trait Device: Send + Sync {
     /// until [`Device::resume`]. Bounded in time. On an error the device runs as before.
     fn pause(&self) -> Result<()>;
 
-    /// Goes on, after a pause or after [`Device::restore`]. Notices requests that came meanwhile.
+    /// Looks whether [`Device::resume`] would find what it needs, without beginning anything: no ring runs, and guest memory,
+    /// of which pages may be missing, is touched by nobody. Bounded in time, which the guest stands still.
+    ///
+    /// # Errors
+    /// A sentence that says what is missing or does not fit the guest.
+    fn preflight(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// Goes on, after a pause or after [`Device::restore`]. Notices requests that came meanwhile. On an error it stays paused.
     fn resume(&self) -> Result<()>;
+
+    /// As [`Device::resume`] where there is no way back to a paused machine: never fails. What the device needs and has not
+    /// now is sought without the caller, as it is when it gets lost while the guest runs.
+    fn go_on(&self);
 
     /// The state of a paused device.
     fn save(&self) -> Result<DeviceState>;

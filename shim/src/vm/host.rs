@@ -152,6 +152,18 @@ fn check_huge_pages(needed: u64) -> Option<Finding> {
     })
 }
 
+/// Two devices of one name would both get what this host has for it: two disks one image, written through both.
+fn check_twin(before: &[DeviceDescription], device: &DeviceDescription) -> Option<Finding> {
+    let DeviceDescription { kind, id, .. } = device;
+    before.iter().any(|other| other.kind == *kind && other.id == *id).then(|| {
+        let message = format!(
+            "the machine has two {kind} devices named {id}, and what is given for one here would serve both; start it with names \
+             that differ (serial=.. of its disks, mac=.. of its network cards)"
+        );
+        finding("device", "names that differ".into(), format!("{kind} {id} twice"), message)
+    })
+}
+
 impl TargetHost for KvmHost {
     fn check(&self, wanted: &Description) -> CompatibilityReport {
         let mut findings: Vec<_> = check_versions(wanted).into_iter().collect();
@@ -180,6 +192,7 @@ impl TargetHost for KvmHost {
             findings.push(finding("capability", name, "missing".into(), message));
         }
         for (index, device) in wanted.devices.iter().enumerate() {
+            findings.extend(check_twin(&wanted.devices[..index], device));
             findings.extend(self.makes.check(index, device));
         }
         CompatibilityReport { findings }
@@ -207,7 +220,7 @@ impl TargetHost for KvmHost {
         };
         let machine = Machine::new(&self.kvm, parts)?;
         *self.latest.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(machine.clone());
-        Ok(Box::new(Arriving { machine, storage: self.storage.clone() }))
+        Ok(Box::new(Arriving { machine, storage: self.storage.clone(), handed_over: false }))
     }
 }
 
@@ -216,6 +229,8 @@ impl TargetHost for KvmHost {
 struct Arriving {
     machine: Arc<Machine>,
     storage: Option<Arc<dyn TakeStorage>>,
+    /// Storage was handed over. What stays with the daemon that serves it is not given back: the source uses it.
+    handed_over: bool,
 }
 
 impl TargetMachine for Arriving {
@@ -228,21 +243,22 @@ impl TargetMachine for Arriving {
     }
 
     fn take_storage(&mut self, handover: &[u8]) -> Result<()> {
+        self.handed_over = !handover.is_empty();
         match &self.storage {
-            Some(storage) => storage.take(handover),
-            None => {
-                ensure!(
-                    handover.is_empty(),
-                    "the source hands its disks over, and this side was not told which daemon serves them: give --disk ... \
-                     with blockd=SOCKET"
-                );
-                Ok(())
-            }
+            Some(storage) => storage.take(handover)?,
+            None => ensure!(
+                handover.is_empty(),
+                "the source hands its disks over, and this side was not told which daemon serves them: give --disk ... \
+                 with blockd=SOCKET"
+            ),
         }
+        // Everything is where it is going to be. The last moment at which the source can go on if a device could not here.
+        self.machine.devices().iter().try_for_each(|device| device.preflight())
     }
 
     fn return_storage(&mut self) -> Result<()> {
-        self.storage.as_ref().map_or(Ok(()), |storage| storage.give_back())
+        let storage = self.storage.as_ref().filter(|_| self.handed_over);
+        storage.map_or(Ok(()), |storage| storage.give_back())
     }
 
     fn resume(&mut self) -> Result<()> {

@@ -88,6 +88,14 @@ impl LifeCell {
     }
 }
 
+/// What those who pause a machine and let it go on tell each other.
+#[derive(Debug, Default)]
+struct Switching {
+    /// Devices wait for [`Machine::start_devices`], whatever is paused and goes on meanwhile: pages may be missing that their
+    /// backends would not wait for.
+    devices_wait: bool,
+}
+
 /// What hands a machine's disks over between the daemons that serve them.
 pub trait Storage: Send + Sync + fmt::Debug {
     /// See [`SourceMachine::release_storage`].
@@ -135,7 +143,7 @@ pub struct Machine {
     life: Arc<LifeCell>,
     storage: Mutex<Option<Arc<dyn Storage>>>,
     /// Serialises pausing and going on.
-    switching: Mutex<()>,
+    switching: Mutex<Switching>,
     ram: Arc<GuestRam>,
 }
 
@@ -182,7 +190,7 @@ impl Machine {
             throttler: Mutex::new(None),
             life,
             storage: Mutex::new(None),
-            switching: Mutex::new(()),
+            switching: Mutex::default(),
             ram: parts.ram,
         }))
     }
@@ -255,16 +263,22 @@ impl Machine {
         vcpu.set_mp_state(runnable).context("set the run state")
     }
 
-    /// Lets processors run, and devices too if `devices`.
+    fn switching(&self) -> MutexGuard<'_, Switching> {
+        self.switching.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Lets processors run, and devices too if `devices`. Without them, devices stay as they are until
+    /// [`Machine::start_devices`], whoever else has the machine go on before.
     ///
     /// # Errors
     /// If a device can't; then nothing runs.
     pub fn start(&self, devices: bool) -> Result<()> {
-        let _alone = self.switching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut switching = self.switching();
         let life = self.life();
         ensure!(!life.is_over(), "the machine {} can't run: it is {}", self.name, life.name());
-        if devices {
-            self.resume_devices(self.buses.devices.len())?;
+        switching.devices_wait |= !devices;
+        if !switching.devices_wait {
+            self.resume_devices()?;
         }
         self.vcpus.iter().for_each(|vcpu| vcpu.run());
         self.life.set(Life::Running);
@@ -276,17 +290,24 @@ impl Machine {
         self.life.set(Life::Shutdown);
     }
 
-    /// Lets the devices work, of a machine whose processors were started without them.
+    /// Lets the devices work, of a machine whose processors were started without them. If it does not run now they begin
+    /// when it goes on. There is no way back from here: each device goes on for itself, and one that has not what it needs
+    /// seeks it.
     ///
     /// # Errors
-    /// If one can't.
+    /// None that is known.
     pub fn start_devices(&self) -> Result<()> {
-        self.resume_devices(self.buses.devices.len())
+        let mut switching = self.switching();
+        switching.devices_wait = false;
+        if self.life() == Life::Running {
+            self.buses.devices.iter().for_each(|device| device.go_on());
+        }
+        Ok(())
     }
 
-    /// The first `count` devices go on; on an error those that did are stopped again.
-    fn resume_devices(&self, count: usize) -> Result<()> {
-        for (i, device) in self.buses.devices[..count].iter().enumerate() {
+    /// The devices go on; on an error those that did are stopped again.
+    fn resume_devices(&self) -> Result<()> {
+        for (i, device) in self.buses.devices.iter().enumerate() {
             if let Err(error) = device.resume() {
                 for before in &self.buses.devices[..i] {
                     if let Err(error) = before.pause() {
@@ -301,7 +322,7 @@ impl Machine {
     }
 
     fn pause_all(&self) -> Result<()> {
-        let _alone = self.switching.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _alone = self.switching();
         let life = self.life();
         match life {
             Life::Running => {}
@@ -325,9 +346,8 @@ impl Machine {
     fn pause_devices(&self) -> Result<()> {
         for (i, device) in self.buses.devices.iter().enumerate() {
             if let Err(error) = device.pause() {
-                if let Err(e) = self.resume_devices(i) {
-                    tracing::error!(error = format!("{e:#}"), "a device could not go on");
-                }
+                // The processors run on, so no device may be left behind, whatever has become of what it needs.
+                self.buses.devices[..i].iter().for_each(|before| before.go_on());
                 let description = device.description();
                 return Err(error.context(format!("drain the {} {}", description.kind, description.id)));
             }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
@@ -172,22 +172,22 @@ impl Disk {
         Ok((link, offer.with_queues(self.options.queues)))
     }
 
+    /// One attempt to have a connection where there is none.
+    fn open_once(&self, inner: &mut Inner, until: Instant) -> Result<()> {
+        if inner.old.as_ref().is_some_and(|old| is_closed(&old.stream())) {
+            inner.old = None;
+        }
+        ensure!(inner.old.is_none(), "the backend has not closed the former connection yet");
+        inner.link = Some(self.open(until)?);
+        Ok(())
+    }
+
     /// Attempts until it works or the time that callers wait at most is over.
     pub(super) fn open_patiently(&self, inner: &mut Inner) -> Result<()> {
         let until = Instant::now() + self.options.patience;
         loop {
-            if inner.old.as_ref().is_some_and(|old| is_closed(&old.stream())) {
-                inner.old = None;
-            }
-            let attempt = match &inner.old {
-                None => self.open(self.answer_by().min(until + RETRY)),
-                Some(_) => Err(anyhow!("the backend has not closed the former connection yet")),
-            };
-            match attempt {
-                Ok(link) => {
-                    inner.link = Some(link);
-                    return Ok(());
-                }
+            match self.open_once(inner, self.answer_by().min(until + RETRY)) {
+                Ok(()) => return Ok(()),
                 Err(e) if Instant::now() >= until => {
                     let name = self.name();
                     let waited = self.options.patience;
@@ -362,34 +362,80 @@ impl Disk {
         }
     }
 
+    /// See [`crate::device::Device::preflight`]: connects, compares with what the guest knows, and leaves.
+    pub(super) fn preflight(&self) -> Result<()> {
+        let inner = self.lock();
+        if inner.link.is_some() {
+            return self.check_link(&inner);
+        }
+        let until = Instant::now() + self.options.answer.min(self.options.patience);
+        let (_, offer) = self.open(until).with_context(|| {
+            format!("{}: cannot ask its backend; is it running and serving this disk?", self.name())
+        })?;
+        if inner.known { self.check(&offer, &inner) } else { Ok(()) }
+    }
+
     /// See [`crate::device::Device::resume`].
     pub(super) fn resume(&self) -> Result<()> {
         let mut inner = self.lock();
         if !inner.stopped {
             return Ok(());
         }
-        if inner.link.as_ref().is_some_and(|(link, _)| is_closed(&link.stream())) {
-            self.lose(&mut inner, String::from("it went away during the pause"));
-        }
+        self.drop_closed(&mut inner);
         if inner.link.is_none() {
             self.open_patiently(&mut inner)?;
         }
-        let prepared = self.check_link(&inner).and_then(|()| self.prepare(&mut inner));
-        if let Err(e) = prepared {
+        if let Err(e) = self.check_and_prepare(&mut inner) {
             self.lose(&mut inner, String::new());
             return Err(e).with_context(|| format!("{}: cannot resume; it stays paused", self.name()));
         }
-        self.take_offer(&mut inner);
+        self.run_rings(&mut inner);
+        Ok(())
+    }
+
+    /// See [`crate::device::Device::go_on`].
+    pub(super) fn go_on(&self) {
+        let mut inner = self.lock();
+        if !inner.stopped {
+            return;
+        }
+        self.drop_closed(&mut inner);
+        // One attempt only: the watcher makes the others.
+        let until = self.answer_by();
+        let connected = if inner.link.is_none() { self.open_once(&mut inner, until) } else { Ok(()) };
+        match connected.and_then(|()| self.check_and_prepare(&mut inner)) {
+            Ok(()) => self.run_rings(&mut inner),
+            Err(e) => {
+                // From here on it is a device that runs and whose backend is away.
+                inner.stopped = false;
+                self.lose(&mut inner, format!("{e:#}"));
+            }
+        }
+    }
+
+    /// Forgets a connection that the backend closed during a pause.
+    fn drop_closed(&self, inner: &mut Inner) {
+        if inner.link.as_ref().is_some_and(|(link, _)| is_closed(&link.stream())) {
+            self.lose(inner, String::from("it went away during the pause"));
+        }
+    }
+
+    pub(super) fn check_and_prepare(&self, inner: &mut Inner) -> Result<()> {
+        self.check_link(inner)?;
+        self.prepare(inner)
+    }
+
+    /// Lets a device run that was prepared. A backend that fails now is one that fails later: another connection is sought.
+    fn run_rings(&self, inner: &mut Inner) {
+        self.take_offer(inner);
         inner.stopped = false;
         inner.outage = Outage::None;
         self.notices.set_needs_reset(false);
-        // From here on the device runs. A backend that fails now is one that fails later: another connection is sought.
-        if let Err(e) = self.enable(&mut inner) {
-            self.lose(&mut inner, format!("it did not start its queues: {e:#}"));
+        if let Err(e) = self.enable(inner) {
+            self.lose(inner, format!("it did not start its queues: {e:#}"));
         }
-        self.nudge(&inner);
+        self.nudge(inner);
         self.changed();
-        Ok(())
     }
 
     /// See [`crate::device::Device::start_logging`].

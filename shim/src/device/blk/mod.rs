@@ -42,8 +42,8 @@ pub struct BlkOptions {
     pub queue_size: u16,
     /// How long another connection is sought when the backend has gone away while the guest runs.
     pub reconnect: Duration,
-    /// How long the constructor and [`Device::resume`] wait for the backend to appear, and pausing and logging for one that
-    /// is away.
+    /// How long the constructor and [`Device::resume`] wait for the backend to appear, pausing and logging for one that is
+    /// away, and [`Device::preflight`] at most for its answer.
     pub patience: Duration,
     /// How long one exchange with the backend may take; stopping the queues, which completes what is in flight, is one.
     pub answer: Duration,
@@ -118,28 +118,6 @@ impl BlkDevice {
         Ok(Arc::new(Self { transport, disk, watcher: Some(watcher) }))
     }
 
-    /// Looks whether the backend that [`Device::resume`] would connect to fits the guest, as far as that can be known now:
-    /// connects, compares with what was restored, and leaves. `false` when nothing listens there yet.
-    ///
-    /// # Errors
-    /// A sentence that says what does not fit, or why the backend could not be asked.
-    pub fn preflight(&self) -> Result<bool> {
-        let inner = self.disk.lock();
-        if inner.link.is_some() {
-            return self.disk.check_link(&inner).map(|()| true);
-        }
-        match self.disk.open(self.disk.answer_by()) {
-            Ok((_, offer)) => {
-                if inner.known {
-                    self.disk.check(&offer, &inner)?;
-                }
-                Ok(true)
-            }
-            Err(e) if is_absent(&e) => Ok(false),
-            Err(e) => Err(e).with_context(|| format!("{}: cannot ask its backend", self.disk.name())),
-        }
-    }
-
     /// Whether the backend is connected.
     pub fn is_connected(&self) -> bool {
         self.disk.lock().link.is_some()
@@ -149,12 +127,6 @@ impl BlkDevice {
     pub fn size_bytes(&self) -> u64 {
         self.disk.offer().capacity().saturating_mul(512)
     }
-}
-
-/// Nothing listens at the socket.
-fn is_absent(error: &anyhow::Error) -> bool {
-    use nix::errno::Errno;
-    matches!(error.downcast_ref::<Errno>(), Some(Errno::ENOENT | Errno::ECONNREFUSED))
 }
 
 impl Drop for BlkDevice {
@@ -203,8 +175,16 @@ impl Device for BlkDevice {
         self.disk.pause()
     }
 
+    fn preflight(&self) -> Result<()> {
+        self.disk.preflight()
+    }
+
     fn resume(&self) -> Result<()> {
         self.disk.resume()
+    }
+
+    fn go_on(&self) {
+        self.disk.go_on();
     }
 
     fn save(&self) -> Result<DeviceState> {

@@ -97,7 +97,7 @@ fn reconnect(disk: &Disk, until: Instant) -> Result<()> {
         return Ok(());
     }
     inner.link = Some(link);
-    let served = disk.check_link(&inner).and_then(|()| disk.prepare(&mut inner));
+    let served = disk.check_and_prepare(&mut inner);
     if served.is_ok() {
         disk.take_offer(&mut inner);
     }

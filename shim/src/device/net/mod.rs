@@ -331,6 +331,11 @@ impl Device for NetDevice {
     }
 
     fn resume(&self) -> Result<()> {
+        self.go_on();
+        Ok(())
+    }
+
+    fn go_on(&self) {
         let mut inner = self.card.lock();
         inner.stopped = false;
         inner.starved = false;
@@ -338,7 +343,6 @@ impl Device for NetDevice {
             let _ = self.card.calls[usize::from(ring.position().index)].write(1);
         }
         self.card.changed();
-        Ok(())
     }
 
     fn save(&self) -> Result<DeviceState> {
