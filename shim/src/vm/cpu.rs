@@ -141,17 +141,27 @@ impl Baseline {
 
 /// What KVM supports on this host, limited to a baseline if one is given.
 ///
+/// Nested virtualization (VMX, SVM) is never among it: a guest can't run virtual machines of its own with the processor's
+/// help, as the state of those would not move with it.
+///
 /// # Errors
 /// If KVM does not tell, or the host has less than the baseline.
 pub fn host_leaves(kvm: &Kvm, baseline: Option<Baseline>) -> Result<Vec<CpuidLeaf>> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("read what processors KVM supports")?;
-    let mut leaves: Vec<_> = supported.as_slice().iter().map(leaf_of).collect();
-    add_unlisted(&mut leaves, kvm.check_extension(Cap::TscDeadlineTimer));
+    let supported = supported.as_slice().iter().map(leaf_of).collect();
+    let mut leaves = shown(supported, kvm.check_extension(Cap::TscDeadlineTimer));
     if let Some(baseline) = baseline {
         limit(&mut leaves, baseline)?;
     }
     Ok(leaves)
+}
+
+/// What guests are shown of what KVM supports.
+fn shown(mut leaves: Vec<CpuidLeaf>, deadline_timer: bool) -> Vec<CpuidLeaf> {
+    add_unlisted(&mut leaves, deadline_timer);
+    hide_nested(&mut leaves);
+    leaves
 }
 
 /// What KVM provides without listing it: that there is a hypervisor, without which a guest asks for none of KVM's help (its
@@ -159,6 +169,18 @@ pub fn host_leaves(kvm: &Kvm, baseline: Option<Baseline>) -> Result<Vec<CpuidLea
 fn add_unlisted(leaves: &mut [CpuidLeaf], deadline_timer: bool) {
     for leaf in leaves.iter_mut().filter(|leaf| leaf.function == 1) {
         leaf.registers[ECX] |= 1 << 31 | u32::from(deadline_timer) << 24;
+    }
+}
+
+/// Takes out VMX and SVM, and the leaf that describes SVM.
+fn hide_nested(leaves: &mut Vec<CpuidLeaf>) {
+    leaves.retain(|leaf| leaf.function != 0x8000_000a);
+    for leaf in leaves {
+        match leaf.function {
+            0x1 => leaf.registers[ECX] &= !(1 << 5),
+            0x8000_0001 => leaf.registers[ECX] &= !(1 << 2),
+            _ => {}
+        }
     }
 }
 
@@ -448,5 +470,30 @@ mod tests {
         let cpuid = cpuid_of(&leaves, 3, 4).expect("two leaves");
         let entries = cpuid.as_slice();
         assert_eq!((entries[0].ebx >> 24, entries[0].ebx >> 16 & 0xff, entries[1].edx), (3, 4, 3));
+    }
+
+    /// A host whose processor has everything that its leaves can tell of.
+    fn everything() -> Vec<CpuidLeaf> {
+        let full = |function, index| leaf(function, index, [u32::MAX; 4]);
+        let mut leaves: Vec<_> = [1, 6, 0xa, 0x14, 0x1d, 0x1e, 0x4000_0001].map(|f| full(f, 0)).into();
+        leaves.extend([leaf(0, 0, [0x24, 0, 0, 0]), leaf(7, 0, [2, u32::MAX, u32::MAX, u32::MAX])]);
+        leaves.extend([full(7, 1), full(7, 2), full(0xd, 0), full(0xd, 1)]);
+        leaves.extend([leaf(0xd, 2, [256, 576, 0, 0]), leaf(0xd, 9, [8, 2688, 0, 0])]);
+        leaves.extend([
+            leaf(0x4000_0000, 0, [0x4000_0010, 0, 0, 0]),
+            leaf(0x8000_0000, 0, [0x8000_0022, 0, 0, 0]),
+        ]);
+        leaves.extend([0x8000_0001, 0x8000_0007, 0x8000_000a, 0x8000_0021, 0x8000_0022].map(|f| full(f, 0)));
+        leaves.push(leaf(0x8000_0008, 0, [52 | 57 << 8 | 52 << 16, u32::MAX, 0x7001, u32::MAX]));
+        leaves
+    }
+
+    #[test]
+    fn no_guest_sees_nested_virtualization() {
+        let shown = shown(everything(), true);
+        let of = |function, register: usize| find(&shown, function, 0).map(|leaf| leaf.registers[register]);
+        assert_eq!(of(1, ECX), Some(!(1 << 5)), "VMX");
+        assert_eq!(of(0x8000_0001, ECX), Some(!(1 << 2)), "SVM");
+        assert_eq!(of(0x8000_000a, EAX), None);
     }
 }
