@@ -55,13 +55,18 @@ fn kvm_or_skip() -> Option<kvm_ioctls::Kvm> {
 }
 
 fn machine(kvm: &kvm_ioctls::Kvm) -> Arc<Machine> {
+    machine_at(kvm, host::tsc_khz(kvm).unwrap())
+}
+
+/// One whose time-stamp counter is to go at this rate.
+fn machine_at(kvm: &kvm_ioctls::Kvm, tsc_khz: u32) -> Arc<Machine> {
     let ram = GuestRam::new(MEMORY, false).unwrap();
     let leaves = cpu::host_leaves(kvm, None).unwrap();
     let parts = Parts {
         name: "lapper".into(),
         ram,
         vcpus: 1,
-        cpu: cpu::describe(leaves, None, cpu::msrs(kvm).unwrap(), host::tsc_khz(kvm).unwrap()),
+        cpu: cpu::describe(leaves, None, cpu::msrs(kvm).unwrap(), tsc_khz),
         serial: Arc::new(SerialPort::new(Box::new(std::io::sink())).unwrap()),
         devices: Vec::new(),
     };
@@ -246,4 +251,14 @@ fn a_state_that_does_not_fit_is_refused() {
     let other = shim::machine::MachineState(serde_json::to_vec(&value).unwrap());
     let error = format!("{:#}", machine.restore(&other).unwrap_err());
     assert!(error.contains("77"), "{error}");
+}
+
+#[test]
+fn its_counter_goes_at_the_rate_that_the_guest_knows_where_the_host_can_scale_it() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let here = host::tsc_khz(&kvm).unwrap();
+    let wanted = here / 10 * 9;
+    let machine = machine_at(&kvm, wanted);
+    let rate = machine.vcpus()[0].fd().get_tsc_khz().unwrap();
+    assert_eq!(rate, if cpu::scales_tsc(&kvm) { wanted } else { here });
 }
