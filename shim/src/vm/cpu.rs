@@ -13,6 +13,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 pub use self::baseline::Baseline;
 use self::baseline::limit;
+pub(super) use self::msrs::TSC_DEADLINE;
 use crate::machine::{CpuDescription, CpuidLeaf, Finding};
 
 /// A register of a leaf.

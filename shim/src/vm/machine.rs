@@ -359,6 +359,7 @@ impl Machine {
             state.devices.len().saturating_sub(1),
             self.buses.devices.len()
         );
+        // Against the way that interrupts go.
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
             state.restore(&vcpu.fd())?;
         }
@@ -375,13 +376,10 @@ impl Machine {
         for device in &self.buses.devices {
             devices.push(device.save()?);
         }
+        // The way that interrupts go, as [`super::state`] explains.
+        let chips = ChipState::save(&self.vm)?;
         let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), &self.cpu.msrs));
-        Ok(FullState {
-            version: STATE_VERSION,
-            vcpus: vcpus.collect::<Result<_>>()?,
-            chips: ChipState::save(&self.vm)?,
-            devices,
-        })
+        Ok(FullState { version: STATE_VERSION, vcpus: vcpus.collect::<Result<_>>()?, chips, devices })
     }
 
     fn set_logging(&self, on: bool) -> Result<()> {
