@@ -6,7 +6,7 @@ use std::arch::global_asm;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use shim::device::serial::SerialPort;
 use shim::machine::SourceMachine;
 use shim::memory::GuestRam;
@@ -55,13 +55,18 @@ fn kvm_or_skip() -> Option<kvm_ioctls::Kvm> {
 }
 
 fn machine(kvm: &kvm_ioctls::Kvm) -> Arc<Machine> {
+    machine_at(kvm, host::tsc_khz(kvm).unwrap())
+}
+
+/// One whose time-stamp counter is to go at this rate.
+fn machine_at(kvm: &kvm_ioctls::Kvm, tsc_khz: u32) -> Arc<Machine> {
     let ram = GuestRam::new(MEMORY, false).unwrap();
     let leaves = cpu::host_leaves(kvm, None).unwrap();
     let parts = Parts {
         name: "lapper".into(),
         ram,
         vcpus: 1,
-        cpu: cpu::describe(leaves, None, cpu::msrs(kvm).unwrap(), host::tsc_khz(kvm).unwrap()),
+        cpu: cpu::describe(leaves, None, cpu::msrs(kvm).unwrap(), tsc_khz),
         serial: Arc::new(SerialPort::new(Box::new(std::io::sink())).unwrap()),
         devices: Vec::new(),
     };
@@ -246,4 +251,47 @@ fn a_state_that_does_not_fit_is_refused() {
     let other = shim::machine::MachineState(serde_json::to_vec(&value).unwrap());
     let error = format!("{:#}", machine.restore(&other).unwrap_err());
     assert!(error.contains("77"), "{error}");
+}
+
+#[test]
+fn its_counter_goes_at_the_rate_that_the_guest_knows_where_the_host_can_scale_it() {
+    let Some(kvm) = kvm_or_skip() else { return };
+    let here = host::tsc_khz(&kvm).unwrap();
+    let wanted = here / 10 * 9;
+    let machine = machine_at(&kvm, wanted);
+    let rate = machine.vcpus()[0].fd().get_tsc_khz().unwrap();
+    assert_eq!(rate, if cpu::scales_tsc(&kvm) { wanted } else { here });
+}
+
+#[test]
+fn a_timer_that_is_set_or_has_just_fired_goes_along() {
+    const DEADLINE: u32 = 0x6e0;
+    let Some(kvm) = kvm_or_skip() else { return };
+    if !kvm.check_extension(kvm_ioctls::Cap::TscDeadlineTimer) {
+        return eprintln!("SKIPPED: no timer with a deadline here");
+    }
+    let msr = |machine: &Machine, index| {
+        let entry = kvm_msr_entry { index, ..Default::default() };
+        let mut msrs = Msrs::from_entries(&[entry]).unwrap();
+        assert_eq!(machine.vcpus()[0].fd().get_msrs(&mut msrs).unwrap(), 1);
+        msrs.as_slice()[0].data
+    };
+    for far in [true, false] {
+        let from = machine(&kvm);
+        let deadline = if far { msr(&from, 0x10) + (1 << 41) } else { 1 };
+        {
+            let vcpu = from.vcpus()[0].fd();
+            let mut lapic = vcpu.get_lapic().unwrap();
+            // Switched on; the timer waits for a deadline and has vector 0x40.
+            lapic.regs[0xf1] = 1;
+            (lapic.regs[0x320], lapic.regs[0x322]) = (0x40, 0b100);
+            vcpu.set_lapic(&lapic).unwrap();
+            let entry = kvm_msr_entry { index: DEADLINE, data: deadline, ..Default::default() };
+            assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()).unwrap(), 1);
+        }
+        let to = machine(&kvm);
+        to.restore(&from.save().unwrap()).unwrap();
+        let pending = to.vcpus()[0].fd().get_lapic().unwrap().regs[0x220] & 1 == 1;
+        assert!(msr(&to, DEADLINE) == deadline || !far && pending, "deadline {:#x}", msr(&to, DEADLINE));
+    }
 }

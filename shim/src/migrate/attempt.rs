@@ -155,7 +155,7 @@ impl Attempt<'_> {
             Message::Compatibility(report) if !report.is_compatible() => {
                 return Err(Stop::Incompatible(report));
             }
-            Message::Compatibility(_) => {}
+            Message::Compatibility(report) => warn_of(&report),
             other => return Err(unexpected(&other, "a report of what it can run").into()),
         }
         let created = control.await_message(|| self.still_wanted());
@@ -179,6 +179,13 @@ impl Attempt<'_> {
         self.seen.step = step;
         self.seen.elapsed = self.begun.elapsed();
         (self.progress)(&self.seen);
+    }
+}
+
+/// What the target found that is no hindrance.
+fn warn_of(report: &CompatibilityReport) {
+    for finding in &report.findings {
+        tracing::warn!(kind = finding.kind, "the target differs: {}", finding.message);
     }
 }
 
@@ -391,5 +398,46 @@ pub(super) fn withdraw(connector: &Connector, record: &SourceRecord, patience: D
     };
     if let Err(error) = tell() {
         tracing::info!("the target was not told that the attempt is over: {error:#}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::machine::Finding;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("nobody panicked").write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_is_no_hindrance_is_told_in_the_log() {
+        let note = Finding {
+            kind: "tsc".into(),
+            fatal: false,
+            needed: "2 kHz".into(),
+            found: "3 kHz".into(),
+            message: "the counter goes at another rate".into(),
+        };
+        let log = Log::default();
+        let theirs = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || theirs.clone()).finish();
+        tracing::subscriber::with_default(subscriber, || {
+            warn_of(&CompatibilityReport { findings: vec![note] });
+        });
+        let text = String::from_utf8(log.0.lock().expect("nobody panicked").clone()).expect("text");
+        assert!(text.contains("WARN") && text.contains("another rate"), "{text}");
     }
 }

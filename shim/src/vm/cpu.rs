@@ -4,10 +4,16 @@
 //! target gives it the same leaves, or refuses. Leaves and bits are those of the Intel 64 manual (volume 2, CPUID), the AMD64
 //! manual (volume 3, appendix E) and of KVM's documentation (virt/kvm/x86/cpuid.rst).
 
-use anyhow::{Context, Result, bail};
+mod baseline;
+mod msrs;
+
+use anyhow::{Context, Result};
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+pub use self::baseline::Baseline;
+use self::baseline::limit;
+pub(super) use self::msrs::TSC_DEADLINE;
 use crate::machine::{CpuDescription, CpuidLeaf, Finding};
 
 /// A register of a leaf.
@@ -17,7 +23,7 @@ const ECX: usize = 2;
 const EDX: usize = 3;
 
 /// Registers whose bits say each that the processor can do something: a target must offer all that the guest sees.
-const FEATURES: [(u32, u32, usize, &str); 15] = [
+const FEATURES: [(u32, u32, usize, &str); 25] = [
     (0x1, 0, ECX, "1.ECX"),
     (0x1, 0, EDX, "1.EDX"),
     (0x6, 0, EAX, "6.EAX"),
@@ -25,18 +31,40 @@ const FEATURES: [(u32, u32, usize, &str); 15] = [
     (0x7, 0, ECX, "7.0.ECX"),
     (0x7, 0, EDX, "7.0.EDX"),
     (0x7, 1, EAX, "7.1.EAX"),
+    (0x7, 1, ECX, "7.1.ECX"),
     (0x7, 1, EDX, "7.1.EDX"),
+    (0x7, 2, EDX, "7.2.EDX"),
     (0xd, 0, EAX, "D.0.EAX"),
     (0xd, 0, EDX, "D.0.EDX"),
     (0xd, 1, EAX, "D.1.EAX"),
+    (0xd, 1, ECX, "D.1.ECX"),
+    (0xd, 1, EDX, "D.1.EDX"),
+    (0x14, 0, EBX, "14.0.EBX"),
+    (0x14, 0, ECX, "14.0.ECX"),
     (0x8000_0001, 0, ECX, "80000001.ECX"),
     (0x8000_0001, 0, EDX, "80000001.EDX"),
+    (0x8000_0007, 0, EDX, "80000007.EDX"),
     (0x8000_0008, 0, EBX, "80000008.EBX"),
+    (0x8000_0021, 0, EAX, "80000021.EAX"),
+    (0x8000_0021, 0, ECX, "80000021.ECX"),
+    (0x8000_0022, 0, EAX, "80000022.EAX"),
     (0x4000_0001, 0, EAX, "40000001.EAX (KVM)"),
 ];
 
+/// Numbers in leaves (function, register, lowest bit, number of bits) of which a target must offer as much as the guest sees.
+const NUMBERS: [(u32, usize, u32, u32, &str); 8] = [
+    (0xa, EAX, 0, 8, "the version of performance counters"),
+    (0xa, EAX, 8, 8, "the number of performance counters"),
+    (0xa, EAX, 16, 8, "the bits of a performance counter"),
+    (0xa, EDX, 0, 5, "the number of fixed performance counters"),
+    (0xa, EDX, 5, 8, "the bits of a fixed performance counter"),
+    (0x8000_0008, EAX, 0, 8, "the bits of a physical address"),
+    (0x8000_0008, EAX, 8, 8, "the bits of a linear address"),
+    (0x8000_0022, EBX, 0, 4, "the number of AMD's performance counters"),
+];
+
 /// Bits that people know by name.
-const NAMES: [(&str, u32, &str); 40] = [
+const NAMES: [(&str, u32, &str); 41] = [
     ("1.ECX", 0, "SSE3"),
     ("1.ECX", 1, "PCLMULQDQ"),
     ("1.ECX", 9, "SSSE3"),
@@ -77,81 +105,32 @@ const NAMES: [(&str, u32, &str); 40] = [
     ("80000001.ECX", 6, "SSE4a"),
     ("80000001.EDX", 26, "pages of 1 GiB"),
     ("80000001.EDX", 27, "RDTSCP"),
+    ("80000007.EDX", 8, "an invariant time-stamp counter"),
 ];
 
-/// A baseline: the highest level of the x86-64 psABI that the guest is told of, so that it can go to any processor of that
-/// level and vendor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Baseline {
-    /// SSE3 to SSE4.2, POPCNT, CMPXCHG16B.
-    V2,
-    /// And AVX, AVX2, BMI, FMA, F16C, LZCNT, MOVBE.
-    V3,
-    /// And AVX-512 F, BW, CD, DQ, VL.
-    V4,
-}
-
-impl std::str::FromStr for Baseline {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "x86-64-v2" => Ok(Self::V2),
-            "x86-64-v3" => Ok(Self::V3),
-            "x86-64-v4" => Ok(Self::V4),
-            _ => bail!(
-                "{text} is no baseline; take x86-64-v2, x86-64-v3, x86-64-v4, or none for all that the host has"
-            ),
-        }
-    }
-}
-
-impl Baseline {
-    /// Its name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::V2 => "x86-64-v2",
-            Self::V3 => "x86-64-v3",
-            Self::V4 => "x86-64-v4",
-        }
-    }
-
-    /// What a guest may see of a feature register, where the baseline limits it.
-    fn allowed(self, register: &str) -> u32 {
-        let bits = |list: &[u32]| list.iter().fold(0, |mask, bit| mask | 1 << bit);
-        let (v3, v4) = (self != Self::V2, self == Self::V4);
-        let with = |base: u32, in_v3: &[u32], in_v4: &[u32]| {
-            base | if v3 { bits(in_v3) } else { 0 } | if v4 { bits(in_v4) } else { 0 }
-        };
-        match register {
-            // Besides the level: x2APIC, the deadline timer and "there is a hypervisor", which KVM itself provides.
-            "1.ECX" => with(bits(&[0, 9, 13, 19, 20, 21, 23, 24, 31]), &[12, 22, 26, 27, 28, 29], &[]),
-            // FPU to SSE2 without those that tell of the very processor (PSN, thermal things).
-            "1.EDX" => bits(&[0, 1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26]),
-            // SMEP and SMAP protect the guest and are as old as the levels' processors.
-            "7.0.EBX" => with(0, &[3, 5, 7, 8, 20], &[16, 17, 28, 30, 31]),
-            "D.0.EAX" => with(0b11, &[2], &[5, 6, 7]),
-            "80000001.ECX" => with(bits(&[0]), &[5], &[]),
-            "80000001.EDX" => bits(&[11, 20, 27, 29]),
-            "40000001.EAX (KVM)" => u32::MAX,
-            _ => 0,
-        }
-    }
-}
-
 /// What KVM supports on this host, limited to a baseline if one is given.
+///
+/// Nested virtualization (VMX, SVM) is never among it: a guest can't run virtual machines of its own with the processor's
+/// help, as the state of those would not move with it.
 ///
 /// # Errors
 /// If KVM does not tell, or the host has less than the baseline.
 pub fn host_leaves(kvm: &Kvm, baseline: Option<Baseline>) -> Result<Vec<CpuidLeaf>> {
     let supported =
         kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).context("read what processors KVM supports")?;
-    let mut leaves: Vec<_> = supported.as_slice().iter().map(leaf_of).collect();
-    add_unlisted(&mut leaves, kvm.check_extension(Cap::TscDeadlineTimer));
+    let supported = supported.as_slice().iter().map(leaf_of).collect();
+    let mut leaves = shown(supported, kvm.check_extension(Cap::TscDeadlineTimer));
     if let Some(baseline) = baseline {
         limit(&mut leaves, baseline)?;
     }
     Ok(leaves)
+}
+
+/// What guests are shown of what KVM supports.
+fn shown(mut leaves: Vec<CpuidLeaf>, deadline_timer: bool) -> Vec<CpuidLeaf> {
+    add_unlisted(&mut leaves, deadline_timer);
+    hide_nested(&mut leaves);
+    leaves
 }
 
 /// What KVM provides without listing it: that there is a hypervisor, without which a guest asks for none of KVM's help (its
@@ -162,37 +141,24 @@ fn add_unlisted(leaves: &mut [CpuidLeaf], deadline_timer: bool) {
     }
 }
 
-fn limit(leaves: &mut [CpuidLeaf], baseline: Baseline) -> Result<()> {
-    for (function, index, register, name) in FEATURES {
-        let Some(leaf) = leaves.iter_mut().find(|leaf| (leaf.function, leaf.index) == (function, index))
-        else {
-            continue;
-        };
-        leaf.registers[register] &= baseline.allowed(name);
-        // Bits that every processor of the level has. KVM's own are not the processor's, OSXSAVE is the guest's.
-        let of_level = match name {
-            "1.ECX" => baseline.allowed(name) & !(1 << 21 | 1 << 24 | 1 << 27 | 1 << 31),
-            "7.0.EBX" => baseline.allowed(name) & !(1 << 7 | 1 << 20),
-            _ => 0,
-        };
-        let missing = of_level & !leaf.registers[register];
-        if missing != 0 {
-            bail!(
-                "this host has less than {}: no {}; take a lower baseline",
-                baseline.name(),
-                names(name, missing).join(", no ")
-            );
-        }
-    }
-    Ok(())
-}
-
 fn leaf_of(entry: &kvm_cpuid_entry2) -> CpuidLeaf {
     CpuidLeaf {
         function: entry.function,
         index: entry.index,
         flags: entry.flags,
         registers: [entry.eax, entry.ebx, entry.ecx, entry.edx],
+    }
+}
+
+/// Takes out VMX and SVM, and the leaf that describes SVM.
+fn hide_nested(leaves: &mut Vec<CpuidLeaf>) {
+    leaves.retain(|leaf| leaf.function != 0x8000_000a);
+    for leaf in leaves {
+        match leaf.function {
+            0x1 => leaf.registers[ECX] &= !(1 << 5),
+            0x8000_0001 => leaf.registers[ECX] &= !(1 << 2),
+            _ => {}
+        }
     }
 }
 
@@ -231,7 +197,8 @@ pub fn cpuid_of(leaves: &[CpuidLeaf], number: u32, vcpus: u32) -> Result<CpuId> 
     CpuId::from_entries(&entries).context("more leaves of CPUID than KVM takes")
 }
 
-/// Describes the processors of a guest that sees these leaves.
+/// Describes the processors of a guest that sees these leaves. Of `msrs`, those that KVM saves and restores, the ones travel
+/// that the guest can know of.
 pub fn describe(
     leaves: Vec<CpuidLeaf>,
     baseline: Option<Baseline>,
@@ -242,8 +209,8 @@ pub fn describe(
         vendor: vendor(&leaves),
         model: model(&leaves),
         baseline: baseline.map(|b| b.name().to_owned()),
+        msrs: msrs::told_of(&leaves, baseline.is_some(), msrs),
         cpuid: leaves,
-        msrs,
         tsc_khz,
     }
 }
@@ -283,11 +250,12 @@ fn names(register: &str, bits: u32) -> Vec<String> {
 }
 
 /// What keeps a guest with these processors from running on a host that has others. `host` is what the host's KVM supports,
-/// `host_msrs` the registers that it can save and restore, `host_tsc_khz` the rate of its time-stamp counter.
-pub fn compare(guest: &CpuDescription, host: &CpuDescription) -> Vec<Finding> {
-    let mut findings = Vec::new();
+/// with the registers that it can save and restore and the rate of its time-stamp counter; `scales_tsc` is whether it can give
+/// a guest another rate ([`scales_tsc`]).
+pub fn compare(guest: &CpuDescription, host: &CpuDescription, scales_tsc: bool) -> Vec<Finding> {
     if guest.vendor != host.vendor {
-        findings.push(Finding {
+        // Bits of another vendor's leaves mean other things.
+        return vec![Finding {
             kind: "cpu-vendor".into(),
             fatal: true,
             needed: guest.vendor.clone(),
@@ -297,66 +265,140 @@ pub fn compare(guest: &CpuDescription, host: &CpuDescription) -> Vec<Finding> {
                  vendor to another: shut it down and start it here",
                 guest.vendor, host.vendor
             ),
-        });
-        // Bits of another vendor's leaves mean other things.
-        return findings;
+        }];
     }
-    for (function, index, register, name) in FEATURES {
-        let bits =
-            |leaves| find(leaves, function, index).map_or(0, |leaf: &CpuidLeaf| leaf.registers[register]);
+    let mut findings = compare_features(&guest.cpuid, &host.cpuid);
+    findings.extend(compare_numbers(&guest.cpuid, &host.cpuid));
+    findings.extend(compare_xsave(&guest.cpuid, &host.cpuid));
+    findings.extend(compare_msrs(&guest.msrs, &host.msrs));
+    findings.extend(compare_tsc(guest, host.tsc_khz, scales_tsc));
+    findings
+}
+
+fn register(leaves: &[CpuidLeaf], function: u32, index: u32, register: usize) -> u32 {
+    find(leaves, function, index).map_or(0, |leaf| leaf.registers[register])
+}
+
+fn cpuid_finding(needed: String, found: String, message: String) -> Finding {
+    Finding { kind: "cpuid".into(), fatal: true, needed, found, message }
+}
+
+fn compare_features(guest: &[CpuidLeaf], host: &[CpuidLeaf]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (function, index, at, name) in FEATURES {
         // OSXSAVE and OSPKE mirror what the guest has switched on.
         let own = match name {
             "1.ECX" => 1 << 27,
             "7.0.ECX" => 1 << 4,
             _ => 0,
         };
-        let missing = bits(&guest.cpuid) & !bits(&host.cpuid) & !own;
+        let missing = register(guest, function, index, at) & !register(host, function, index, at) & !own;
         if missing != 0 {
             let names = names(name, missing).join(", ");
-            findings.push(Finding {
-                kind: "cpuid".into(),
-                fatal: true,
-                needed: names.clone(),
-                found: "not supported by this host's processor or its KVM".into(),
-                message: format!(
-                    "the guest was told that its processor has {names}, which this host has not; start the machine on a \
-                     baseline that both have (--cpu)"
-                ),
-            });
+            let message = format!(
+                "the guest was told that its processor has {names}, which this host has not; start the machine on a \
+                 baseline that both have (--cpu)"
+            );
+            findings.push(cpuid_finding(
+                names,
+                "not supported by this host's processor or its KVM".into(),
+                message,
+            ));
         }
     }
-    let missing: Vec<_> = guest.msrs.iter().filter(|msr| !host.msrs.contains(msr)).collect();
-    if !missing.is_empty() {
-        let list = missing.iter().map(|msr| format!("{msr:#x}")).collect::<Vec<_>>().join(", ");
-        findings.push(Finding {
-            kind: "msr".into(),
-            fatal: true,
-            needed: list.clone(),
-            found: "not among the registers that this host's KVM saves and restores".into(),
-            message: format!("the machine's state has the model-specific registers {list}, which this host's KVM does not know"),
-        });
-    }
-    findings.extend(compare_tsc(guest.tsc_khz, host.tsc_khz));
     findings
 }
 
+fn compare_numbers(guest: &[CpuidLeaf], host: &[CpuidLeaf]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for (function, at, shift, bits, what) in NUMBERS {
+        let number = |leaves| register(leaves, function, 0, at) >> shift & ((1 << bits) - 1);
+        let (needed, found) = (number(guest), number(host));
+        if needed > found {
+            let message = format!(
+                "the guest was told that {what} is {needed}, and here it is {found} at most; start the machine on a \
+                 baseline (--cpu), or on a host like this one"
+            );
+            findings.push(cpuid_finding(format!("{what}: {needed}"), format!("{what}: {found}"), message));
+        }
+    }
+    findings
+}
+
+/// The layout in which extended state travels is that of the processor: what the guest may switch on has to lie at the same
+/// place on both. What this host has not at all is told as a feature.
+fn compare_xsave(guest: &[CpuidLeaf], host: &[CpuidLeaf]) -> Vec<Finding> {
+    let xcr0 =
+        |leaves| u64::from(register(leaves, 0xd, 0, EDX)) << 32 | u64::from(register(leaves, 0xd, 0, EAX));
+    let both = xcr0(guest) & xcr0(host);
+    let mut findings = Vec::new();
+    for part in (2..63).filter(|part| both >> part & 1 == 1) {
+        let layout = |leaves| (register(leaves, 0xd, part, EAX), register(leaves, 0xd, part, EBX));
+        if layout(guest) != layout(host) {
+            let say = |(bytes, at)| format!("part {part} of the extended state: {bytes} bytes at {at}");
+            let message = format!(
+                "part {part} of the guest's extended state lies elsewhere on this host's processor, which would read it \
+                 wrongly; start the machine on a baseline without it (--cpu), or on a host like this one"
+            );
+            findings.push(cpuid_finding(say(layout(guest)), say(layout(host)), message));
+        }
+    }
+    findings
+}
+
+fn compare_msrs(guest: &[u32], host: &[u32]) -> Option<Finding> {
+    let missing: Vec<_> = guest.iter().filter(|msr| !host.contains(msr)).collect();
+    if missing.is_empty() {
+        return None;
+    }
+    let list = missing.iter().map(|msr| format!("{msr:#x}")).collect::<Vec<_>>().join(", ");
+    let message = format!(
+        "the guest may use the model-specific registers {list}, which this host's KVM does not know; start the machine on a \
+         baseline (--cpu), or bring this host to a newer kernel"
+    );
+    Some(Finding {
+        kind: "msr".into(),
+        fatal: true,
+        needed: list,
+        found: "not among the registers that this host's KVM saves and restores".into(),
+        message,
+    })
+}
+
 /// The rate of the time-stamp counter may differ by what the guest's clock steering bears, 250 parts in a million (as much as
-/// QEMU allows).
-fn compare_tsc(guest: u32, host: u32) -> Option<Finding> {
-    let allowed = u64::from(guest) * 250 / 1_000_000;
-    (u64::from(guest.abs_diff(host)) > allowed).then(|| Finding {
+/// KVM and QEMU allow). A host that scales it gives the guest its own. Else the rate changes under the guest: one that was
+/// told that it never does measures time wrongly, others take KVM's clock, which follows.
+fn compare_tsc(guest: &CpuDescription, host: u32, scales: bool) -> Option<Finding> {
+    let rate = guest.tsc_khz;
+    let allowed = u64::from(rate) * 250 / 1_000_000;
+    if scales || u64::from(rate.abs_diff(host)) <= allowed {
+        return None;
+    }
+    let invariant = register(&guest.cpuid, 0x8000_0007, 0, EDX) >> 8 & 1 == 1;
+    let consequence = match invariant {
+        true => {
+            "the guest was told that its counter never changes its rate; start the machine on a baseline (--cpu), which does \
+             not say so, or move it to a host that scales the counter"
+        }
+        false => "a guest that measures time with the counter alone will be wrong by the difference",
+    };
+    Some(Finding {
         kind: "tsc".into(),
-        fatal: false,
-        needed: format!("{guest} kHz"),
+        fatal: invariant,
+        needed: format!("{rate} kHz"),
         found: format!("{host} kHz"),
         message: format!(
-            "the guest's time-stamp counter goes at {guest} kHz and this host's at {host}; a guest that measures time with it \
-             alone will be wrong by the difference"
+            "the guest's time-stamp counter goes at {rate} kHz and this host's at {host}, which it can't scale; {consequence}"
         ),
     })
 }
 
-/// Numbers of the model-specific registers that travel.
+/// Whether this host can give a guest a time-stamp counter with a rate of its own.
+pub fn scales_tsc(kvm: &Kvm) -> bool {
+    kvm.check_extension(Cap::TscControl)
+}
+
+/// Numbers of the model-specific registers that KVM saves and restores.
 ///
 /// # Errors
 /// If KVM does not tell.
@@ -384,29 +426,29 @@ mod tests {
     fn the_same_processor_has_no_findings() {
         let amd = cpu("AuthenticAMD", 1 << 28);
         assert_eq!(amd.vendor, "AuthenticAMD");
-        assert!(compare(&amd, &amd).is_empty());
+        assert!(compare(&amd, &amd, false).is_empty());
     }
 
     #[test]
     fn intel_and_amd_do_not_mix() {
-        let findings = compare(&cpu("AuthenticAMD", 0), &cpu("GenuineIntel", 0));
+        let findings = compare(&cpu("AuthenticAMD", 0), &cpu("GenuineIntel", 0), false);
         assert_eq!(findings.len(), 1);
         assert!(findings[0].fatal && findings[0].kind == "cpu-vendor", "{findings:?}");
     }
 
     #[test]
     fn a_feature_that_the_host_has_not_is_named() {
-        let findings = compare(&cpu("AuthenticAMD", 1 << 28 | 1 << 27 | 1), &cpu("AuthenticAMD", 1));
+        let findings = compare(&cpu("AuthenticAMD", 1 << 28 | 1 << 27 | 1), &cpu("AuthenticAMD", 1), false);
         assert_eq!(findings.len(), 1, "OSXSAVE is the guest's own: {findings:?}");
         assert!(findings[0].fatal && findings[0].needed == "AVX", "{findings:?}");
-        assert!(compare(&cpu("AuthenticAMD", 1), &cpu("AuthenticAMD", 1 << 28 | 1)).is_empty());
+        assert!(compare(&cpu("AuthenticAMD", 1), &cpu("AuthenticAMD", 1 << 28 | 1), false).is_empty());
     }
 
     #[test]
     fn a_register_that_the_host_can_not_restore_is_named() {
         let (guest, mut host) = (cpu("GenuineIntel", 0), cpu("GenuineIntel", 0));
         host.msrs.pop();
-        let findings = compare(&guest, &host);
+        let findings = compare(&guest, &host, false);
         assert!(findings.len() == 1 && findings[0].needed == "0x174", "{findings:?}");
     }
 
@@ -414,9 +456,9 @@ mod tests {
     fn another_rate_of_the_counter_is_told_and_no_hindrance() {
         let (guest, mut host) = (cpu("GenuineIntel", 0), cpu("GenuineIntel", 0));
         host.tsc_khz += 400;
-        assert!(compare(&guest, &host).is_empty());
+        assert!(compare(&guest, &host, false).is_empty());
         host.tsc_khz += 400_000;
-        let findings = compare(&guest, &host);
+        let findings = compare(&guest, &host, false);
         assert!(findings.len() == 1 && !findings[0].fatal, "{findings:?}");
     }
 
@@ -448,5 +490,162 @@ mod tests {
         let cpuid = cpuid_of(&leaves, 3, 4).expect("two leaves");
         let entries = cpuid.as_slice();
         assert_eq!((entries[0].ebx >> 24, entries[0].ebx >> 16 & 0xff, entries[1].edx), (3, 4, 3));
+    }
+
+    /// A host whose processor has everything that its leaves can tell of.
+    fn everything() -> Vec<CpuidLeaf> {
+        let full = |function, index| leaf(function, index, [u32::MAX; 4]);
+        let mut leaves: Vec<_> = [1, 6, 0xa, 0x14, 0x1d, 0x1e, 0x4000_0001].map(|f| full(f, 0)).into();
+        leaves.extend([leaf(0, 0, [0x24, 0, 0, 0]), leaf(7, 0, [2, u32::MAX, u32::MAX, u32::MAX])]);
+        leaves.extend([full(7, 1), full(7, 2), full(0xd, 0), full(0xd, 1)]);
+        leaves.extend([leaf(0xd, 2, [256, 576, 0, 0]), leaf(0xd, 9, [8, 2688, 0, 0])]);
+        leaves.extend([
+            leaf(0x4000_0000, 0, [0x4000_0010, 0, 0, 0]),
+            leaf(0x8000_0000, 0, [0x8000_0022, 0, 0, 0]),
+        ]);
+        leaves.extend([0x8000_0001, 0x8000_0007, 0x8000_000a, 0x8000_0021, 0x8000_0022].map(|f| full(f, 0)));
+        leaves.push(leaf(0x8000_0008, 0, [52 | 57 << 8 | 52 << 16, u32::MAX, 0x7001, u32::MAX]));
+        leaves
+    }
+
+    #[test]
+    fn no_guest_sees_nested_virtualization() {
+        let shown = shown(everything(), true);
+        let of = |function, register: usize| find(&shown, function, 0).map(|leaf| leaf.registers[register]);
+        assert_eq!(of(1, ECX), Some(!(1 << 5)), "VMX");
+        assert_eq!(of(0x8000_0001, ECX), Some(!(1 << 2)), "SVM");
+        assert_eq!(of(0x8000_000a, EAX), None);
+    }
+
+    #[test]
+    fn a_baseline_shows_nothing_that_only_some_of_its_hosts_have() {
+        let mut leaves = everything();
+        limit(&mut leaves, Baseline::V3).expect("the host has everything");
+        let of = |function, index| find(&leaves, function, index).map(|leaf| leaf.registers);
+        for function in [0xa, 0x14, 0x1d, 0x1e, 0x8000_0007, 0x8000_000a, 0x8000_0021, 0x8000_0022] {
+            assert_eq!(of(function, 0), None, "{function:#x}");
+        }
+        assert_eq!((of(7, 1), of(7, 2), of(7, 0).map(|r| r[EAX])), (None, None, Some(0)));
+        assert_eq!(of(0xd, 0), Some([7, 832, 832, 0]), "x87, SSE and AVX");
+        assert_eq!((of(0xd, 1), of(0xd, 9)), (Some([0; 4]), None));
+        assert_eq!(of(0x8000_0008, 0), Some([41 | 48 << 8, 0, 0x7001, 0]));
+        assert_eq!(of(0x4000_0001, 0), Some([0x0100_00eb, 0, 0, 0]));
+        let highest = [0, 0x4000_0000, 0x8000_0000].map(|f| of(f, 0).map(|r| r[EAX]));
+        assert_eq!(highest, [Some(0xd), Some(0x4000_0001), Some(0x8000_0008)]);
+    }
+
+    #[test]
+    fn hosts_of_one_level_show_the_same_features() {
+        let mut newer = everything();
+        let mut older: Vec<_> = everything();
+        older.retain(|l| {
+            ![0xa, 0x14, 0x1d, 0x1e, 0x8000_0021, 0x8000_0022].contains(&l.function) && l.index < 9
+        });
+        for leaf in &mut older {
+            match leaf.function {
+                0xd if leaf.index == 0 => leaf.registers[EAX] = 0xe7,
+                0x8000_0008 => leaf.registers = [46 | 48 << 8, 0, 0, 0],
+                _ => {}
+            }
+        }
+        for leaves in [&mut newer, &mut older] {
+            limit(leaves, Baseline::V3).expect("both have the level");
+            leaves.iter_mut().filter(|l| l.function == 0x8000_0008).for_each(|l| l.registers[ECX] = 0);
+        }
+        assert_eq!(newer, older);
+    }
+
+    /// Two processors that differ in one leaf, `guest` the one that the guest was told of.
+    fn differ(function: u32, index: u32, guest: [u32; 4], host: [u32; 4]) -> Vec<Finding> {
+        let with = |registers| {
+            let mut cpu = cpu("GenuineIntel", 0);
+            cpu.cpuid.push(leaf(0xd, 0, [0x207, 0, 0, 0]));
+            cpu.cpuid.push(leaf(function, index, registers));
+            cpu
+        };
+        compare(&with(guest), &with(host), false)
+    }
+
+    #[test]
+    fn bits_of_newer_leaves_are_compared_too() {
+        for (function, index, register) in [
+            (7, 2, EDX),
+            (7, 1, ECX),
+            (0x8000_0021, 0, EAX),
+            (0x8000_0021, 0, ECX),
+            (0xd, 1, ECX),
+            (0x8000_0007, 0, EDX),
+        ] {
+            let mut bit = [0; 4];
+            bit[register] = 1 << 8;
+            let findings = differ(function, index, bit, [0; 4]);
+            assert!(findings.len() == 1 && findings[0].fatal, "{function:#x}.{index}: {findings:?}");
+            assert!(differ(function, index, [0; 4], bit).is_empty(), "{function:#x}.{index}");
+        }
+    }
+
+    #[test]
+    fn a_guest_goes_to_no_host_with_narrower_addresses_or_fewer_counters() {
+        let wide = [46 | 48 << 8, 0, 0, 0];
+        let narrow = [39 | 48 << 8, 0, 0, 0];
+        let findings = differ(0x8000_0008, 0, wide, narrow);
+        assert!(findings.len() == 1 && findings[0].fatal, "{findings:?}");
+        assert!(findings[0].needed.contains("46") && findings[0].found.contains("39"), "{findings:?}");
+        assert!(differ(0x8000_0008, 0, narrow, wide).is_empty());
+        let (eight, four) =
+            ([5 | 8 << 8 | 48 << 16, 0, 0, 4 | 48 << 5], [2 | 4 << 8 | 48 << 16, 0, 0, 3 | 48 << 5]);
+        assert_eq!(
+            differ(0xa, 0, eight, four).iter().filter(|f| f.fatal).count(),
+            3,
+            "version and both kinds"
+        );
+        assert!(differ(0xa, 0, four, eight).is_empty());
+    }
+
+    #[test]
+    fn extended_state_that_the_guest_uses_lies_at_the_same_place() {
+        let findings = differ(0xd, 9, [8, 2688, 0, 0], [8, 2432, 0, 0]);
+        assert!(findings.len() == 1 && findings[0].fatal, "{findings:?}");
+        assert!(findings[0].needed.contains("2688") && findings[0].found.contains("2432"), "{findings:?}");
+        assert!(differ(0xd, 9, [8, 2688, 0, 0], [8, 2688, 0, 0]).is_empty());
+        assert!(
+            differ(0xd, 11, [8, 1, 0, 0], [8, 2, 0, 0]).is_empty(),
+            "a part that the guest may not switch on"
+        );
+    }
+
+    #[test]
+    fn registers_that_the_guest_was_not_told_of_do_not_travel() {
+        let hidden =
+            vec![0xe1, 0x1c4, 0x122, 0x48, 0x480, 0xc001_0117, 0x4000_0000, 0xc5, 0x4b56_4d02, 0xdab];
+        let needed = vec![0x10, 0x174, 0xc000_0082, 0x277, 0xc1, 0xce, 0x4b56_4d01];
+        let leaves = |ecx7| {
+            vec![
+                leaf(7, 0, [0, 0, ecx7, 0]),
+                leaf(0xa, 0, [2 | 4 << 8, 0, 0, 3]),
+                leaf(0x4000_0001, 0, [1 << 3, 0, 0, 0]),
+            ]
+        };
+        let all: Vec<_> = hidden.iter().chain(&needed).copied().collect();
+        let cpu = describe(leaves(0), Some(Baseline::V2), all.clone(), 1);
+        assert_eq!(cpu.msrs, needed);
+        let with_waitpkg = describe(leaves(1 << 5), None, all, 1);
+        assert!(with_waitpkg.msrs.contains(&0xe1), "UMWAIT_CONTROL");
+        assert!(with_waitpkg.msrs.contains(&0xdab), "nobody knows what it is, so it is needed");
+        assert!(!with_waitpkg.msrs.contains(&0x1c4), "XFD");
+    }
+
+    #[test]
+    fn an_invariant_counter_keeps_its_rate_or_the_guest_stays() {
+        let (mut guest, mut host) = (cpu("GenuineIntel", 0), cpu("GenuineIntel", 0));
+        for cpu in [&mut guest, &mut host] {
+            cpu.cpuid.push(leaf(0x8000_0007, 0, [0, 0, 0, 1 << 8]));
+        }
+        host.tsc_khz += 400;
+        assert!(compare(&guest, &host, false).is_empty(), "within what guests bear");
+        host.tsc_khz += 400_000;
+        let findings = compare(&guest, &host, false);
+        assert!(findings.len() == 1 && findings[0].fatal && findings[0].kind == "tsc", "{findings:?}");
+        assert!(compare(&guest, &host, true).is_empty(), "a host that scales gives it its own rate");
     }
 }

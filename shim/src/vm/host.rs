@@ -168,7 +168,7 @@ impl TargetHost for KvmHost {
     fn check(&self, wanted: &Description) -> CompatibilityReport {
         let mut findings: Vec<_> = check_versions(wanted).into_iter().collect();
         match self.offer() {
-            Ok(offer) => findings.extend(cpu::compare(&wanted.cpu, &offer)),
+            Ok(offer) => findings.extend(cpu::compare(&wanted.cpu, &offer, cpu::scales_tsc(&self.kvm))),
             Err(error) => findings.push(finding(
                 "cpuid",
                 "processors".into(),

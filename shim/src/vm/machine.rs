@@ -11,7 +11,7 @@ use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MP_STATE_RUNNABLE, KVM_PIT_SPEAKER_DUMMY, kvm_mp_state, kvm_pit_config,
     kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VmFd};
 
 use super::cpu;
 use super::kvm::{self, DirtyLogMode};
@@ -379,6 +379,7 @@ impl Machine {
             state.devices.len().saturating_sub(1),
             self.buses.devices.len()
         );
+        // Against the way that interrupts go.
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
             state.restore(&vcpu.fd())?;
         }
@@ -395,13 +396,10 @@ impl Machine {
         for device in &self.buses.devices {
             devices.push(device.save()?);
         }
+        // The way that interrupts go, as [`super::state`] explains.
+        let chips = ChipState::save(&self.vm)?;
         let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), &self.cpu.msrs));
-        Ok(FullState {
-            version: STATE_VERSION,
-            vcpus: vcpus.collect::<Result<_>>()?,
-            chips: ChipState::save(&self.vm)?,
-            devices,
-        })
+        Ok(FullState { version: STATE_VERSION, vcpus: vcpus.collect::<Result<_>>()?, chips, devices })
     }
 
     fn set_logging(&self, on: bool) -> Result<()> {
@@ -459,6 +457,15 @@ fn make_vcpu(
     life: &Arc<LifeCell>,
 ) -> Result<Vcpu> {
     let fd = vm.create_vcpu(number.into()).with_context(|| format!("make processor {number}"))?;
+    // Before anything that counts in it. Where it can't be set, the check has said what that means.
+    if vm.check_extension(Cap::TscControl) && fd.get_tsc_khz().ok() != Some(cpu.tsc_khz) {
+        fd.set_tsc_khz(cpu.tsc_khz).with_context(|| {
+            format!(
+                "give processor {number} a time-stamp counter of {} kHz, which this host's KVM can't",
+                cpu.tsc_khz
+            )
+        })?;
+    }
     let cpuid = cpu::cpuid_of(&cpu.cpuid, number, vcpus)?;
     fd.set_cpuid2(&cpuid).with_context(|| format!("tell processor {number} what it is"))?;
     let life = life.clone();

@@ -1,10 +1,18 @@
 //! The state of a machine as it travels, and the order in which KVM wants it.
 //!
-//! Saving a processor: its run state first, since reading it may complete an INIT; its events last. Putting it back: CPUID,
-//! run state, registers, special registers, floating point and extended state, control of that, debug registers, local APIC
-//! (which needs the special registers' APIC base), model-specific registers (the deadline timer needs the APIC), events
-//! last. Then the guest's clock is told that time was lost. KVM's documentation (Documentation/virt/kvm/api.rst) has the
-//! calls.
+//! Saving a processor: its run state first, since reading it may complete an INIT; its model-specific registers before its
+//! local APIC; its events last. Putting it back: CPUID, run state, registers, special registers, floating point and extended
+//! state, control of that, debug registers, local APIC (which needs the special registers' APIC base), model-specific
+//! registers (the deadline timer needs the APIC in that mode, and the counter that it waits for: it comes last), events last.
+//! Then the guest's clock is told that time was lost. KVM's documentation (Documentation/virt/kvm/api.rst) has the calls.
+//!
+//! **Interrupts are under way while all stands still**: KVM's timers go on, and what was signalled before the pause may come
+//! late. They go downstream only, from the timer to the interrupt controllers to the local APICs, and an edge leaves no trace
+//! where it has passed. So they are saved in that order: what passes meanwhile is found further down, and at worst in both
+//! places. Saved the other way round it would be in neither. For the same reason a local APIC comes after the registers with
+//! its timer's deadline, which is gone when it has fired. They are put back in the opposite order, since a controller hands on
+//! what it finds pending at once, and the APIC that takes it must not be overwritten. A guest bears an interrupt too many.
+//! Devices signal their queues again when they go on ([`crate::device`]), for what comes after the last APIC was saved.
 
 use anyhow::{Context, Result, bail, ensure};
 use kvm_bindings::{
@@ -15,6 +23,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
+use super::cpu::TSC_DEADLINE;
 use crate::device::DeviceState;
 
 /// Version of the format. A state of another version is refused.
@@ -66,6 +75,8 @@ impl VcpuState {
     /// If KVM refuses a part.
     pub fn save(vcpu: &VcpuFd, msrs: &[u32]) -> Result<Self> {
         let mp_state = vcpu.get_mp_state().context("read the run state")?;
+        let msrs = read_msrs(vcpu, msrs)?;
+        let lapic = vcpu.get_lapic().context("read the local APIC")?;
         Ok(Self {
             mp_state,
             regs: vcpu.get_regs().context("read the registers")?,
@@ -73,8 +84,8 @@ impl VcpuState {
             xsave: Box::new(vcpu.get_xsave().context("read the extended state")?),
             xcrs: vcpu.get_xcrs().context("read the extended control registers")?,
             debugregs: vcpu.get_debug_regs().context("read the debug registers")?,
-            lapic: vcpu.get_lapic().context("read the local APIC")?,
-            msrs: read_msrs(vcpu, msrs)?,
+            lapic,
+            msrs,
             events: vcpu.get_vcpu_events().context("read the pending events")?,
         })
     }
@@ -119,7 +130,16 @@ fn read_msrs(vcpu: &VcpuFd, wanted: &[u32]) -> Result<Vec<(u32, u64)>> {
     Ok(all)
 }
 
+/// In the order in which they are put back: the timer's deadline when the counter is there that it waits for.
+fn deadline_last(values: &[(u32, u64)]) -> Vec<(u32, u64)> {
+    let (deadline, mut all): (Vec<_>, Vec<_>) =
+        values.iter().copied().partition(|(index, _)| *index == TSC_DEADLINE);
+    all.extend(deadline);
+    all
+}
+
 fn write_msrs(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<()> {
+    let values = deadline_last(values);
     let entries: Vec<_> = values
         .iter()
         .map(|(index, data)| kvm_msr_entry { index: *index, data: *data, ..Default::default() })
@@ -138,6 +158,7 @@ impl ChipState {
     /// # Errors
     /// If KVM refuses a part.
     pub fn save(vm: &VmFd) -> Result<Self> {
+        let pit = vm.get_pit2().context("read the timer")?;
         let mut irqchips = Vec::new();
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
@@ -147,7 +168,7 @@ impl ChipState {
         let mut clock = vm.get_clock().context("read the clock")?;
         // Set again, these would ask for things of the host that the state does not hold.
         clock.flags &= !(KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC);
-        Ok(Self { irqchips, pit: vm.get_pit2().context("read the timer")?, clock })
+        Ok(Self { irqchips, pit, clock })
     }
 
     /// Puts them into a machine none of whose processors runs.
@@ -165,5 +186,16 @@ impl ChipState {
         }
         vm.set_pit2(&self.pit).context("set the timer")?;
         vm.set_clock(&self.clock).context("set the clock")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_timers_deadline_is_set_when_its_counter_is() {
+        let values = [(TSC_DEADLINE, 7), (0x10, 5), (0x174, 1)];
+        assert_eq!(deadline_last(&values), [(0x10, 5), (0x174, 1), (TSC_DEADLINE, 7)]);
     }
 }

@@ -17,10 +17,10 @@ use linux_loader::cmdline::Cmdline;
 use linux_loader::configurator::linux::LinuxBootConfigurator;
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use linux_loader::loader::{BzImage, KernelLoader, load_cmdline};
+use linux_loader::loader::{BzImage, KernelLoader, KernelLoaderResult, load_cmdline};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::device::{FIRST_IRQ, MMIO_BYTES, MMIO_START};
@@ -111,7 +111,8 @@ pub fn load(ram: &GuestRam, kernel: &Kernel, vcpus: u32, devices: usize) -> Resu
     let initrd = match &kernel.initrd {
         Some(path) => {
             let limit = if header.initrd_addr_max == 0 { INITRD_MAX } else { header.initrd_addr_max.into() };
-            Some(load_initrd(ram, path, loaded.kernel_end, limit)?)
+            let kernel_end = if is_elf { loaded.kernel_end } else { unpacked_end(&header, &loaded) };
+            Some(load_initrd(ram, path, kernel_end, limit)?)
         }
         None => None,
     };
@@ -171,6 +172,14 @@ fn write_cmdline(memory: &Memory, text: &str, devices: usize) -> Result<usize> {
     load_cmdline(memory, GuestAddress(place::CMDLINE), &cmdline)
         .context("write the kernel's command line")?;
     Ok(cmdline.as_cstring().map_err(|e| anyhow::anyhow!("{e:?}"))?.as_bytes_with_nul().len())
+}
+
+/// Where the memory ends in which a bzImage unpacks itself: it moves up to where it would rather be, or to the next address of
+/// its alignment, and needs `init_size` bytes from there until it has read the memory map.
+fn unpacked_end(header: &setup_header, loaded: &KernelLoaderResult) -> u64 {
+    let alignment = u64::from(header.kernel_alignment).max(1);
+    let start = loaded.kernel_load.0.max(header.pref_address).checked_next_multiple_of(alignment);
+    start.unwrap_or(u64::MAX).saturating_add(header.init_size.into()).max(loaded.kernel_end)
 }
 
 /// Puts it as high as it may be; returns place and length.
@@ -334,5 +343,42 @@ mod tests {
     fn descriptors_are_those_of_the_manual() {
         assert_eq!(descriptor(&segment(0x8, 11, 1)), 0x00af_9b00_0000_ffff);
         assert_eq!(descriptor(&segment(0x10, 3, 0)), 0x00cf_9300_0000_ffff);
+    }
+
+    /// A bzImage without code: what a boot loader reads of it, and `len` bytes to load.
+    fn bzimage(pref_address: u64, init_size: u32, len: usize) -> Vec<u8> {
+        let mut image = vec![0; 1024 + len];
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0x1f1, &[1]);
+        put(0x202, b"HdrS");
+        put(0x206, &0x20f_u16.to_le_bytes());
+        put(0x211, &[1]);
+        put(0x214, &0x10_0000_u32.to_le_bytes());
+        put(0x22c, &0x7fff_ffff_u32.to_le_bytes());
+        put(0x230, &0x20_0000_u32.to_le_bytes());
+        put(0x236, &XLF_KERNEL_64.to_le_bytes());
+        put(0x258, &pref_address.to_le_bytes());
+        put(0x260, &init_size.to_le_bytes());
+        image
+    }
+
+    #[test]
+    fn an_initrd_keeps_clear_of_what_the_kernel_unpacks_into() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let (path, initrd) = (dir.path().join("kernel"), dir.path().join("initrd"));
+        std::fs::write(&initrd, vec![0; 8 << 20]).expect("written");
+        let kernel = Kernel { initrd: Some(initrd), ..kernel(&path) };
+        let ram = GuestRam::new(64 << 20, false).expect("memory");
+        let boot = |pref_address, init_size| {
+            std::fs::write(&path, bzimage(pref_address, init_size, 4096)).expect("written");
+            load(&ram, &kernel, 1, 0)
+        };
+        boot(16 << 20, 40 << 20).expect("the kernel ends where the initrd begins");
+        let error = format!("{:#}", boot(16 << 20, 41 << 20).expect_err("they overlap"));
+        assert!(error.contains("initrd"), "{error}");
+        // Loaded above where it would rather be, it goes to the next address that is a multiple of 2 MiB.
+        boot(0, 54 << 20).expect("the kernel ends where the initrd begins");
+        boot(0, 55 << 20).expect_err("they overlap");
+        boot(u64::MAX, 4096).expect_err("no such place");
     }
 }
