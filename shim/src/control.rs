@@ -179,8 +179,9 @@ impl Control {
     /// A process that waits for a machine.
     ///
     /// # Errors
-    /// If there is no KVM.
+    /// If there is no KVM, or two of the devices have the same name.
     pub fn waiting(process: &Process, devices: Devices) -> Result<Arc<Self>> {
+        devices.check_names()?;
         let takes = Arc::new(Takes::new(&process.disks));
         let host = Arc::new(KvmHost::new(kvm::open()?, Box::new(devices), Some(takes)));
         Ok(Arc::new(Self {
