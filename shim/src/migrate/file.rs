@@ -456,7 +456,10 @@ mod tests {
         fs::write(&unfinished, "").expect("written");
         go_on(&machine, &path, &unfinished, published).expect("goes on");
         // It did not come that far.
-        go_on(&machine, &path, &unfinished, Done::default()).expect("goes on");
+        go_on(&machine, &path, &unfinished, Done { ran: true, ..Done::default() }).expect("goes on");
+        assert_eq!(resumed(), 3);
+        // It was paused before.
+        go_on(&machine, &path, &unfinished, Done::default()).expect("stays as it was");
         assert_eq!(resumed(), 3);
     }
 }
