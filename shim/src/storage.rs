@@ -1,16 +1,20 @@
 //! Hands a machine's disks over between the daemons that serve them, by their control APIs.
 //!
 //! The machine stands still when this happens. The source's daemon lets the image go and says at which generation it was;
-//! the target's daemon opens it at the next one, and is refused if anybody has taken it meanwhile. Until the target has
-//! taken it the source may take it back.
+//! the target's daemon opens it at the next one, and is refused if anybody has taken it meanwhile. The source may take it back
+//! until the target has taken it, and again once the target has given it back unused. Either may fail halfway and be asked for again:
+//! what is back already stays so, and the target gives back only what it took.
 
+use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blockd_api::{DiskInfo, Handover, Job};
 use serde::{Deserialize, Serialize};
 
+use crate::api::ErrorInfo;
 use crate::api::client::Client;
 use crate::cli::parts::DiskArgument;
 use crate::vm::host::TakeStorage;
@@ -22,6 +26,9 @@ const COMMIT: Duration = Duration::from_secs(30);
 const RELEASE: Duration = Duration::from_secs(5);
 /// How long a move's verification is waited for, before the machine is sent.
 const READY: Duration = Duration::from_secs(20);
+/// How long a daemon that is just at a disk is waited for, when that is to go back: what it does may be a release or an attach whose
+/// answer was lost.
+const AT_IT: Duration = Duration::from_secs(10);
 /// How often a daemon is asked whether it is so far.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
 
@@ -105,10 +112,27 @@ impl Releases {
     }
 
     fn reclaim_one(disk: &Disk) -> Result<()> {
-        let answer: Result<DiskInfo> =
-            Client::new(&disk.api).post::<(), _>(&format!("/v1/disks/{}/reclaim", disk.id), None);
+        let path = format!("/v1/disks/{}/reclaim", disk.id);
+        let answer = once_it_is_free(|| Client::new(&disk.api).post::<(), DiskInfo>(&path, None));
         answer.map(|_| ()).with_context(|| format!("take the disk {} back", disk.serial))
     }
+}
+
+/// The answer to a question that a daemon refuses while it is at the disk.
+fn once_it_is_free<T>(ask: impl Fn() -> Result<T>) -> Result<T> {
+    let until = Instant::now() + AT_IT;
+    loop {
+        match ask() {
+            Err(error) if is_refusal(&error, "busy") && Instant::now() < until => {
+                std::thread::sleep(LOOK_EVERY)
+            }
+            answer => return answer,
+        }
+    }
+}
+
+fn is_refusal(error: &anyhow::Error, kind: &str) -> bool {
+    error.downcast_ref::<ErrorInfo>().is_some_and(|info| info.kind == kind)
 }
 
 fn job_of(disk: &Disk, info: &DiskInfo) -> Result<Job> {
@@ -163,24 +187,16 @@ fn commit(disk: &Disk, client: &Client) -> Result<()> {
 }
 
 impl Storage for Releases {
+    /// On an error some may have been released: [`Storage::reclaim`] takes all of them back.
     fn release(&self) -> Result<Vec<u8>> {
-        let mut all = Vec::new();
-        for (i, disk) in self.disks.iter().enumerate() {
-            match self.release_one(disk) {
-                Ok(travels) => all.push(travels),
-                Err(error) => {
-                    for before in &self.disks[..i] {
-                        Self::reclaim_one(before)?;
-                    }
-                    return Err(error);
-                }
-            }
-        }
+        let all = self.disks.iter().map(|disk| self.release_one(disk)).collect::<Result<Vec<_>>>()?;
         serde_json::to_vec(&all).context("write down what is handed over")
     }
 
     fn reclaim(&self) -> Result<()> {
-        self.disks.iter().try_for_each(Self::reclaim_one)
+        // Each is tried, whatever becomes of the others.
+        let back: Vec<_> = self.disks.iter().map(Self::reclaim_one).collect();
+        back.into_iter().collect()
     }
 }
 
@@ -188,56 +204,89 @@ impl Storage for Releases {
 #[derive(Debug)]
 pub struct Takes {
     disks: Vec<DiskArgument>,
+    /// What the present attempt has taken, or may have.
+    taken: Mutex<Vec<Taken>>,
+}
+
+/// A disk as it was taken: what tells it from others that have its name at the daemon.
+#[derive(Debug)]
+struct Taken {
+    disk: Disk,
+    image: String,
+    generation: u64,
 }
 
 impl Takes {
     /// For a machine whose disks these are to be.
     pub fn new(disks: &[DiskArgument]) -> Self {
-        Self { disks: disks.to_vec() }
+        Self { disks: disks.to_vec(), taken: Mutex::default() }
     }
 
-    fn take_one(disk: &Disk, handover: &Handover) -> Result<()> {
+    fn take_all(&self, all: Vec<Travels>, taken: &mut Vec<Taken>) -> Result<()> {
+        let disks = with_daemons(&self.disks)?;
+        for Travels { serial, handover } in all {
+            let disk = disks.iter().find(|disk| disk.serial == serial);
+            let disk = disk.with_context(|| format!("there is no --disk with serial={serial} here"))?;
+            Taken::take(disk, &handover, taken)
+                .with_context(|| format!("open the disk {serial} ({})", handover.image))?;
+        }
+        Ok(())
+    }
+}
+
+impl Taken {
+    fn take(disk: &Disk, handover: &Handover, taken: &mut Vec<Self>) -> Result<()> {
         let mut request = handover.attach_at(&disk.socket.display().to_string());
         request.id = disk.id.clone();
         let answer: Result<DiskInfo> = Client::new(&disk.api).post("/v1/disks", Some(&request));
-        answer.map(|_| ()).with_context(|| format!("open the disk {} ({})", disk.serial, handover.image))
+        let (image, generation) = match &answer {
+            Ok(info) => (info.image.clone(), info.generation),
+            // It refused, or there was none to be asked (the client's only error of this kind).
+            Err(error) if error.is::<ErrorInfo>() || error.is::<io::Error>() => return answer.map(drop),
+            // A daemon that was asked and not heard of may have taken it.
+            Err(_) => (handover.image.clone(), handover.generation),
+        };
+        taken.push(Self { disk: disk.clone(), image, generation });
+        answer.map(drop)
+    }
+
+    fn give_back(&self) -> Result<()> {
+        let (client, path) = (Client::new(&self.disk.api), format!("/v1/disks/{}", self.disk.id));
+        let back = || match once_it_is_free(|| client.get::<DiskInfo>(&path)) {
+            Ok(now) if now.released || now.generation != self.generation || now.image != self.image => Ok(()),
+            Ok(_) => client.post::<(), Handover>(&format!("{path}/release"), None).map(drop),
+            Err(error) if is_refusal(&error, "not-found") => Ok(()),
+            Err(error) => Err(error),
+        };
+        back().with_context(|| format!("give the disk {} back", self.disk.serial))
     }
 }
 
 impl TakeStorage for Takes {
+    /// On an error some may have been taken: [`TakeStorage::give_back`] returns those, and no others.
     fn take(&self, handover: &[u8]) -> Result<()> {
+        let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        // What an earlier attempt could not give back is not this one's.
+        taken.clear();
         if handover.is_empty() {
             return Ok(());
         }
-        let all: Vec<Travels> = serde_json::from_slice(handover)
+        let all = serde_json::from_slice(handover)
             .context("what is handed over is not what this version writes")?;
-        let disks = with_daemons(&self.disks)?;
-        let mut taken = Vec::new();
-        for travels in &all {
-            let found = disks.iter().find(|disk| disk.serial == travels.serial);
-            let result = found
-                .with_context(|| format!("there is no --disk with serial={} here", travels.serial))
-                .and_then(|disk| Self::take_one(disk, &travels.handover).map(|()| disk));
-            match result {
-                Ok(disk) => taken.push(disk),
-                Err(error) => {
-                    for disk in taken {
-                        release(disk)?;
-                    }
-                    return Err(error);
-                }
-            }
-        }
-        Ok(())
+        self.take_all(all, &mut taken)
     }
 
     fn give_back(&self) -> Result<()> {
-        with_daemons(&self.disks)?.iter().try_for_each(release)
+        let mut back = Ok(());
+        // Each is tried, whatever becomes of the others.
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner).retain(|taken| {
+            let given = taken.give_back();
+            let is_kept = given.is_err();
+            if back.is_ok() {
+                back = given;
+            }
+            is_kept
+        });
+        back
     }
-}
-
-fn release(disk: &Disk) -> Result<()> {
-    let answer: Result<Handover> =
-        Client::new(&disk.api).post::<(), _>(&format!("/v1/disks/{}/release", disk.id), None);
-    answer.map(|_| ()).with_context(|| format!("give the disk {} back", disk.serial))
 }

@@ -5,8 +5,11 @@
 //! | none | yes, unless it had one | yes | yes, N | yes, if it never had one |
 //! | held by us | yes | yes | N ≥ its number | yes |
 //! | free (detached) | its number is ours or lower | yes, its number + 1 | N > its number | no |
-//! | released | no | no | N > its number | by us with our number: + 1 |
+//! | released | no | no | N > its number | by us with our number, or unused with our handover's: + 1 |
 //! | held by another one | no | no | N > its number | no |
+//!
+//! Our handover's number is one more than ours. Who took the image with that number, and released it before anybody had used it, has
+//! given it back: it is as we left it. Had it been used, a guest that goes on here would not know of what was written.
 //!
 //! A disk that is served for reading only takes no fence, and asks for none: it is kept off where somebody else holds the image.
 
@@ -56,6 +59,13 @@ impl Admitted {
     pub(super) fn write_through_from(&self, me: Uuid) -> Option<bool> {
         let before = self.before.as_ref().filter(|before| !before.is_of(me))?;
         before.disk.as_ref().map(|disk| disk.write_through)
+    }
+
+    /// Whether the image was released, and is taken with the very next number: nobody has had it since.
+    pub(super) fn follows_release(&self) -> bool {
+        let number = self.ours.as_ref().map(|ours| ours.generation);
+        let before = self.before.as_ref().filter(|before| before.state == Hold::Released);
+        before.is_some_and(|before| Some(before.generation + 1) == number)
     }
 
     /// Puts the fence back as it was: the image was not opened after all.
@@ -131,6 +141,9 @@ fn decide(me: Uuid, record: &DiskRecord, how: Taking, fence: Option<&Fence>) -> 
         (Taking::Generation(asked), _) => Err(stale(image, asked, fence)),
         (Taking::Reclaimed, Hold::Held) if is_ours => Ok(Verdict::Take(number.max(known + 1))),
         (Taking::Reclaimed, Hold::Released) if is_ours && number == known => Ok(Verdict::Take(known + 1)),
+        (Taking::Reclaimed, Hold::Released) if number == known + 1 && is_unused(fence) => {
+            Ok(Verdict::Take(number + 1))
+        }
         (Taking::Reclaimed, _) => Err(taken(record, fence)),
         (_, Hold::Held) if is_ours => Ok(Verdict::Take(later)),
         (Taking::Resumed, Hold::Released) if is_ours => Ok(Verdict::Take(later + 1)),
@@ -138,6 +151,10 @@ fn decide(me: Uuid, record: &DiskRecord, how: Taking, fence: Option<&Fence>) -> 
         (Taking::Remembered, Hold::Free) if number <= known => Ok(Verdict::Take(later + 1)),
         _ => Err(elsewhere(record, fence)),
     }
+}
+
+fn is_unused(fence: &Fence) -> bool {
+    fence.disk.as_ref().is_some_and(|disk| disk.unused)
 }
 
 /// Who only reads does not keep others off, so there is nothing to take. `None` where it takes the fence all the same: it

@@ -211,7 +211,7 @@ impl Daemon {
         let opened = self
             .take_write_cache(id, admitted.write_through_from(self.state.id()))
             .and_then(|()| self.remember(&record))
-            .and_then(|()| self.open(&record, recover));
+            .and_then(|()| self.open(&record, recover, admitted.follows_release()));
         let served = match opened {
             Ok(served) => served,
             Err(e) => {
@@ -238,14 +238,20 @@ impl Daemon {
         self.state.set_write_through(id, off).map_err(|e| self.not_remembered(id, &e))
     }
 
-    fn open(&self, record: &DiskRecord, recover: bool) -> Result<Arc<Served>, DaemonError> {
+    fn open(
+        &self,
+        record: &DiskRecord,
+        recover: bool,
+        as_released: bool,
+    ) -> Result<Arc<Served>, DaemonError> {
         let id = &record.spec.id;
         let cache_on = !self.state.is_write_through(id);
         let record = &self.settle_snapshot(record)?;
         let notes_dir = self.state.notes_dir();
         let disk = Disk::start(record.serve(), recover, cache_on, Some(&notes_dir), self.disk_events(id))?;
         let format = disk.format();
-        let served = Arc::new(Served { disk, record: Mutex::new(record.clone()), claim: Mutex::default() });
+        let (record_now, claim) = (Mutex::new(record.clone()), Mutex::default());
+        let served = Arc::new(Served { disk, as_released, record: record_now, claim });
         if record.format != Some(format) {
             served.change_record(&self.state, |r| r.format = Some(format)).map_err(|e| {
                 let _ = served.disk.stop();

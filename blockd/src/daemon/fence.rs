@@ -109,6 +109,9 @@ pub struct ReleasedDisk {
     pub sector_size: u32,
     /// Whether the guest has its write cache off, so that each of its writes has to be durable.
     pub write_through: bool,
+    /// Whether it came from the release before this one and no front end has used it since: it is as that one left it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unused: bool,
 }
 
 impl Fence {

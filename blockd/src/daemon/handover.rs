@@ -161,11 +161,14 @@ impl Daemon {
         Ok(handover)
     }
 
-    /// Serves a disk again that was released here.
+    /// Serves a disk again that was released here. One that is served already stays so: who asks again because an answer was lost,
+    /// or does not know whether a release came to its end, has what he wants.
+    ///
+    /// Who took it over with the handover's number and released it unused has given it back.
     ///
     /// # Errors
-    /// [`Kind::NotFound`], [`Kind::State`] for a disk that was not released; [`Kind::Locked`] when somebody else has taken the
-    /// image; what opening it says. It stays released then.
+    /// [`Kind::NotFound`]; [`Kind::Busy`] while it is released or attached; [`Kind::State`] for a disk that can't be served;
+    /// [`Kind::Locked`] when somebody else has taken the image; what opening it says. It stays released then.
     pub fn reclaim(&self, id: &str) -> Result<DiskInfo, DaemonError> {
         self.settle_job_of(id);
         let released = {
@@ -178,10 +181,7 @@ impl Daemon {
                     released
                 }
                 Slot::Taken(_, what) => return Err(busy(id, what)),
-                Slot::Served(_) => {
-                    let message = format!("disk {id} is served; there is nothing to take back");
-                    return Err(DaemonError::new(Kind::State, message));
-                }
+                Slot::Served(served) => return Ok(served.info()),
                 Slot::Broken(broken) => return Err(broken.is_not_served(id)),
             }
         };
@@ -313,6 +313,7 @@ impl Daemon {
             size_bytes: geometry.virtual_size,
             sector_size: geometry.logical_sector_size,
             write_through: self.state.is_write_through(id),
+            unused: served.as_released && !served.disk.was_used(),
         };
         record.released = Some(disk);
         // Readers share an image: there is nothing to keep each other off.

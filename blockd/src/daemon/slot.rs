@@ -45,6 +45,8 @@ pub(super) struct Broken {
 /// A disk that is served.
 pub(super) struct Served {
     pub(super) disk: Arc<Disk>,
+    /// Whether it was opened right after another daemon's release, as that one left it.
+    pub(super) as_released: bool,
     /// As it is in the state directory; held while it is replaced there.
     pub(super) record: Mutex<DiskRecord>,
     /// Who works on it; set under the lock of all disks, since a detach looks there.

@@ -221,6 +221,11 @@ impl Disk {
         self.shared.running.load(std::sync::atomic::Ordering::Relaxed) > 0
     }
 
+    /// Whether a front end's rings have ever run since the disk was started.
+    pub fn was_used(&self) -> bool {
+        self.shared.used.load(std::sync::atomic::Ordering::Acquire)
+    }
+
     /// Why the disk cannot be written any more, if so.
     pub fn failed(&self) -> Option<String> {
         self.shared.failed()

@@ -31,6 +31,8 @@ pub struct DiskShared {
     pub counters: Counters,
     /// Sessions whose rings run.
     pub running: AtomicU64,
+    /// Whether any ever did.
+    pub used: AtomicBool,
     /// Where front ends listen.
     pub channels: Channels,
     maintenance: (Mutex<Maintenance>, Condvar),
@@ -73,6 +75,7 @@ impl DiskShared {
             gate: Arc::default(),
             counters: Counters::new(workers),
             running: AtomicU64::new(0),
+            used: AtomicBool::new(false),
             channels: Channels::default(),
             maintenance: Default::default(),
             maintenance_wanted: AtomicBool::new(false),

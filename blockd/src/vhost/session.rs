@@ -232,6 +232,8 @@ impl Session {
         let write_through = self.write_through.clone();
         let start = QueueStart { ring, setup: self.setup(index)?, inflight, open, write_through };
         let (done, wait) = channel();
+        // Before it can be: a request may be done at once.
+        self.common.disk.used.store(true, Ordering::Release);
         self.worker(index).post(Mail::Command(Command::Start(self.key(index), Box::new(start), done)));
         self.vrings[index].running = true;
         confirmed(&wait)?;

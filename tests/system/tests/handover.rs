@@ -152,6 +152,31 @@ fn a_disk_that_was_taken_back_goes_on_for_the_front_end_that_comes_back() {
 }
 
 #[test]
+fn a_disk_that_a_guest_used_elsewhere_is_not_taken_back_but_an_unused_one_is() {
+    if is_reference() {
+        return;
+    }
+    let pair = Pair::new(Image::DynamicVhdx);
+    let [here, there] = &pair.daemons;
+    let mut load = pair.load(70);
+    load.run_requests(300).unwrap();
+    hand_over(&pair, &mut load, 0);
+    load.run_requests(300).unwrap();
+    load.drain().unwrap();
+    load.front.stop_rings().unwrap();
+    let handover = there.release("disk", AT_ONCE).unwrap();
+    let refused = here.reclaim("disk").unwrap_err().to_string();
+    assert!(refused.contains("was taken over, and released by"), "{refused}");
+    here.take_over(&handover).unwrap();
+    let handover = here.release("disk", AT_ONCE).unwrap();
+    // The one that has it back from there has not used it.
+    assert_eq!(there.reclaim("disk").unwrap().generation, handover.generation);
+    go_on(&pair, &mut load, 1);
+    load.run_requests(300).unwrap();
+    load.verify_all().unwrap();
+}
+
+#[test]
 fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_handed_over() {
     if is_reference() {
         return;

@@ -210,6 +210,122 @@ fn a_reclaim_that_is_interrupted_anywhere_can_be_finished_or_is_overtaken_but_no
 }
 
 #[test]
+fn a_disk_that_is_served_is_back_already() {
+    let bench = Bench::new();
+    let a = bench.serving("a");
+    assert_eq!(a.reclaim(DISK).expect("never away").generation, 0);
+    let handover = release(&a).expect("released");
+    for _ in 0..3 {
+        let back = a.reclaim(DISK).expect("taken back, or there");
+        assert!(serves(&a) && back.generation == handover.generation);
+    }
+}
+
+#[test]
+fn what_a_taker_released_unused_is_taken_back_wherever_that_is_interrupted() {
+    each_death(|steps| {
+        let bench = Bench::new();
+        let (a, number) = bench.released();
+        let b = bench.daemon("b");
+        bench.take(&b, "b", number).expect("taken over");
+        a.reclaim(DISK).expect_err("it is held");
+        release(&b).expect("released");
+        let lived = lives(steps, || drop(a.reclaim(DISK).expect("taken back")));
+        drop(a);
+        let a = bench.daemon("a");
+        let back = a.reclaim(DISK).expect("taken back, again or at last");
+        assert_eq!(back.generation, number + 1);
+        assert!(serves(&a) && !serves(&b));
+        b.reclaim(DISK).expect_err("it has gone back");
+        for stale in [number, number + 1] {
+            bench.take(&b, "b", stale).expect_err("over");
+        }
+        let next = release(&a).expect("released").generation;
+        bench.take(&b, "b", next).expect("taken over");
+        assert!(!serves(&a) && serves(&b));
+        lived
+    });
+}
+
+#[test]
+fn a_giving_back_that_is_interrupted_anywhere_leaves_one_who_serves_or_may() {
+    each_death(|steps| {
+        let bench = Bench::new();
+        let (a, number) = bench.released();
+        let b = bench.daemon("b");
+        bench.take(&b, "b", number).expect("taken over");
+        let lived = lives(steps, || drop(release(&b).expect("released")));
+        drop(b);
+        let b = bench.daemon("b");
+        let held = serves(&b);
+        assert_eq!(a.reclaim(DISK).is_err(), held, "unless it is still held");
+        assert_ne!(serves(&a), serves(&b));
+        if held {
+            // Whoever might have used it before the restart is not known any more.
+            release(&b).expect("released");
+            let e = a.reclaim(DISK).expect_err("it may have been used");
+            bench.follow_advice(&a, "a", &e);
+            assert!(serves(&a) && !serves(&b));
+        }
+        lived
+    });
+}
+
+#[test]
+fn what_a_taker_opened_twice_is_not_known_to_be_unused() {
+    let bench = Bench::new();
+    let (a, number) = bench.released();
+    let b = bench.daemon("b");
+    bench.take(&b, "b", number).expect("taken over");
+    drop(b);
+    // It comes back without its state's record, and takes its own image again by the same number.
+    std::fs::remove_dir_all(bench.dir.path().join("b").join("disks")).expect("removed");
+    let b = bench.daemon("b");
+    bench.take(&b, "b", number).expect("it is its own");
+    release(&b).expect("released");
+    let e = a.reclaim(DISK).expect_err("it may have been used");
+    bench.follow_advice(&a, "a", &e);
+}
+
+#[test]
+fn of_two_who_take_back_what_the_second_has_released_one_wins() {
+    for _ in 0..20 {
+        let bench = Bench::new();
+        let (a, number) = bench.released();
+        let b = bench.daemon("b");
+        bench.take(&b, "b", number).expect("taken over");
+        release(&b).expect("released");
+        let start = Barrier::new(2);
+        let (first, second) = std::thread::scope(|scope| {
+            let other = scope.spawn(|| {
+                start.wait();
+                b.reclaim(DISK).is_ok()
+            });
+            start.wait();
+            (a.reclaim(DISK).is_ok(), other.join().expect("it ends"))
+        });
+        assert_ne!(first, second, "one has it");
+        assert_eq!((serves(&a), serves(&b)), (first, second));
+    }
+}
+
+#[test]
+fn what_went_on_from_its_taker_is_not_taken_back() {
+    let bench = Bench::new();
+    let (a, number) = bench.released();
+    let (b, c) = (bench.daemon("b"), bench.daemon("c"));
+    bench.take(&b, "b", number).expect("taken over");
+    let next = release(&b).expect("released").generation;
+    bench.take(&c, "c", next).expect("taken over");
+    a.reclaim(DISK).expect_err("held");
+    release(&c).expect("released");
+    let e = a.reclaim(DISK).expect_err("released by one who has no handover of ours");
+    assert!(e.kind == Kind::Locked && e.message.contains("/c)"), "{e}");
+    bench.follow_advice(&a, "a", &e);
+    a.reclaim(DISK).expect("it is there");
+}
+
+#[test]
 fn a_take_over_that_fails_gives_the_image_back_wherever_it_is_interrupted() {
     each_death(|steps| {
         let bench = Bench::new();
