@@ -243,9 +243,14 @@ impl Control {
                 TargetEvent::Waiting { reason } => coming(&|coming| coming.lost = Some(reason.clone())),
                 // From here on it is this process's machine, although pages may still be missing.
                 TargetEvent::Running => self.arrive(host),
-                TargetEvent::Failed { .. } => {
-                    locked(&self.awaited).coming = None;
+                TargetEvent::Failed { reason } => {
+                    let mut awaited = locked(&self.awaited);
+                    awaited.coming = None;
                     host.forget();
+                    // It ran here already: then it is lost, and this process with it.
+                    if let Some(machine) = &awaited.machine {
+                        machine.fail(reason);
+                    }
                 }
                 _ => {}
             }
@@ -259,6 +264,7 @@ impl Control {
         let Some(received) = received? else {
             return Ok(());
         };
+        migration.info.state = "arrived".into();
         if let Some(faults) = received.postcopy {
             migration.info.postcopy_faults = faults.faults;
             migration.info.postcopy_wait_us = Some([micros(faults.p50), micros(faults.p99)]);
@@ -271,7 +277,7 @@ impl Control {
         let mut awaited = locked(&self.awaited);
         let mut migration = locked(&self.migration);
         migration.info.id = awaited.coming.as_ref().map_or_else(String::new, |coming| coming.id.to_string());
-        migration.info.state = "arrived".into();
+        migration.info.state = "arriving".into();
         migration.activity = Some(Activity::Arriving);
         awaited.machine = host.latest();
         self.arrived.notify_all();

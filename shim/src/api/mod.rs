@@ -186,7 +186,8 @@ pub const STEPS: [&str; 8] = [
 pub struct MigrationInfo {
     /// Its id, the same on both sides.
     pub id: String,
-    /// `running`, `done`, `cancelled`, `failed`, or `unresolved`: the target was told to run the machine and can't be reached,
+    /// On the target `arriving` (the machine runs here, pages may be missing), then `arrived`. On the source `running`, `done`,
+    /// `cancelled`, `failed`, or `unresolved`: the target was told to run the machine and can't be reached,
     /// so the machine stands still here until the target answers or somebody decides.
     pub state: String,
     /// Where to.

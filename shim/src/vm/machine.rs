@@ -290,6 +290,11 @@ impl Machine {
         self.life.set(Life::Shutdown);
     }
 
+    /// Ends it for good: something that it can't be without is lost.
+    pub fn fail(&self, why: &str) {
+        self.life.set(Life::Failed(why.to_owned()));
+    }
+
     /// Lets the devices work, of a machine whose processors were started without them. If it does not run now they begin
     /// when it goes on. There is no way back from here: each device goes on for itself, and one that has not what it needs
     /// seeks it.

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use system_tests::machine::{Shim, alone, has_kvm};
@@ -66,15 +66,30 @@ fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
     }
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
-    let now = start(dir.path(), "selftest,working-set=48M,rate=25M,pattern=random,fill=full");
+    let now = start(dir.path(), "selftest,working-set=48M,rate=0,pattern=random,fill=full");
+    // All of it was written before it moves, so that it takes long.
+    let until = Instant::now() + MINUTE;
+    while now.report().unwrap()["vcpus"][0]["laps"].as_u64() < Some(3) {
+        assert!(Instant::now() < until, "{}", now.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    now.call("POST", "/v1/guest", Some(&json!({ "rate": 20_u64 << 20 }))).unwrap();
     let (next, mut request) = receiver(dir.path());
     request["bandwidth"] = (8 << 20).into();
     request["postcopy"] = true.into();
     now.send(&request).unwrap();
     next.wait_state("running", MINUTE).unwrap();
-    assert_refused(&next, "/v1/vm/save", Some(&json!({ "path": dir.path().join("not.saved") })));
+    let file = json!({ "path": dir.path().join("not.saved") });
+    let (saved, info) = (next.call("POST", "/v1/vm/save", Some(&file)), next.migration().unwrap());
+    assert_eq!(info["state"], "arriving", "nothing was asked in time");
+    assert!(saved.unwrap_err().to_string().contains("last pages"), "{info}");
     assert_refused(&next, "/v1/vm/pause", None);
     assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
+    let until = Instant::now() + MINUTE;
+    while next.migration().unwrap()["state"] != "arrived" {
+        assert!(Instant::now() < until, "{}", next.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
     next.verify().unwrap();
     next.call("POST", "/v1/vm/pause", None).unwrap();
     next.call("POST", "/v1/vm/resume", None).unwrap();
