@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use shim::machine::{CompatibilityReport, SourceMachine};
 use shim::migrate::batch::{BatchBuilder, Packer};
 use shim::migrate::connection::Connection;
-use shim::migrate::record::{RECORD_VERSION, Records, TargetRecord};
+use shim::migrate::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use shim::migrate::transport::Connector;
 use shim::migrate::wire::{HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus};
 use shim::migrate::{
@@ -310,8 +310,14 @@ fn a_target_whose_process_died_when_prepared_never_runs_the_machine() {
         if let Some(status) = status {
             let records = Records::open(&dir.path().join("target")).expect("records");
             let migration = last.migration;
-            let record =
-                TargetRecord { version: RECORD_VERSION, machine: None, migration, status, settled: false };
+            let record = TargetRecord {
+                version: RECORD_VERSION,
+                machine: None,
+                migration,
+                status,
+                pages: Pages::All,
+                settled: false,
+            };
             records.write_target(&record).expect("written");
         }
         let target = Target::start(&world, &unix(dir.path()), &Security::default(), dir.path());

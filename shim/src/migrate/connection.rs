@@ -306,6 +306,23 @@ impl Connection {
         outcome
     }
 
+    /// Waits for a message that the peer has no reason to keep back, at most as long as patience lasts: one that only says
+    /// that it is there holds nobody for ever.
+    ///
+    /// # Errors
+    /// As [`Connection::await_message`], and if the message does not come in time.
+    pub fn await_promptly(&mut self) -> Result<Message> {
+        let (begun, patience) = (Instant::now(), self.patience);
+        self.await_message(|| {
+            ensure!(
+                begun.elapsed() < patience,
+                "the peer is there, but has not said for {} s what it has to say now",
+                patience.as_secs_f32()
+            );
+            Ok(())
+        })
+    }
+
     /// Waits for the next message for as long as the peer shows that it is there; `stop` is asked at each tick.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use super::handshake::{TargetInput, TargetState};
 use super::late_session::LateParts;
 use super::postcopy::{FaultThread, Late};
 use super::receivers::{Event, Receivers, Sink};
-use super::record::{RECORD_VERSION, Records, TargetRecord};
+use super::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use super::senders::CONNECTIONS_MAX;
 use super::target::{ReceiveOptions, Received, TargetEvent, TargetObserver};
 use super::transport::{CONNECT_TIMEOUT, TICK};
@@ -164,17 +164,20 @@ impl<'a> Session<'a> {
             TargetState::RecordingPrepared => {
                 // What was said of an earlier machine does not hold for this one.
                 self.options.discard.take();
-                self.write(TargetStatus::Prepared)?;
+                self.write(TargetStatus::Prepared, Pages::All)?;
             }
             TargetState::Prepared => return self.await_commit(door),
             TargetState::Taking => self.take_storage()?,
-            TargetState::RecordingRunning => self.write(TargetStatus::Running)?,
+            TargetState::RecordingRunning => {
+                let pages = if self.late.is_some() { Pages::Missing } else { Pages::All };
+                self.write(TargetStatus::Running, pages)?;
+            }
             TargetState::Resuming => self.resume()?,
             TargetState::Returning => self.return_storage()?,
-            TargetState::RecordingRefused => self.write(TargetStatus::Refused)?,
+            TargetState::RecordingRefused => self.write(TargetStatus::Refused, Pages::All)?,
             TargetState::RecordingDiscarded => {
                 self.drop_machine();
-                self.write(TargetStatus::Discarded)?;
+                self.write(TargetStatus::Discarded, Pages::All)?;
             }
             TargetState::Receiving | TargetState::Running | TargetState::Refused | TargetState::Discarded => {
                 bail!("nothing is to be done in the state {state:?}")
@@ -183,12 +186,13 @@ impl<'a> Session<'a> {
         Ok(TargetInput::Done)
     }
 
-    fn write(&self, status: TargetStatus) -> Result<()> {
+    pub(super) fn write(&self, status: TargetStatus, pages: Pages) -> Result<()> {
         self.records.write_target(&TargetRecord {
             version: RECORD_VERSION,
             machine: self.plan.as_ref().map(|plan| plan.machine.name.clone()),
             migration: self.hello.migration,
             status,
+            pages,
             settled: false,
         })
     }
@@ -346,7 +350,7 @@ impl<'a> Session<'a> {
     }
 
     fn make(&mut self) -> Result<()> {
-        let plan = match self.control()?.await_message(|| Ok(()))? {
+        let plan = match self.control()?.await_promptly()? {
             Message::Plan(plan) => *plan,
             other => return Err(unexpected(&other)),
         };

@@ -1,7 +1,7 @@
 //! The target of a migration: waits for a machine, and runs it once its source has given it away.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -9,12 +9,20 @@ use serde::{Deserialize, Serialize};
 use super::door::{Door, Guest};
 use super::postcopy::FaultReport;
 use super::progress::CancelToken;
-use super::record::{RECORD_VERSION, Records, TargetRecord};
+use super::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use super::session::{Ended, Session};
 use super::source::DEFAULT_PATIENCE;
 use super::transport::{Listener, TICK};
 use super::wire::{Message, MigrationId, Role, TargetStatus};
 use crate::machine::{CompatibilityReport, Description, TargetHost, TargetMachine};
+
+/// How long a source that was told that its machine ran here is waited for, to say that it knows. Meanwhile nobody else is
+/// served.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// What a source is told that still has pages which the machine needed.
+const LOST: &str = "the machine is lost: it ran on the target before all of its memory had come, and the process that ran it \
+                    there is dead. It must not go on at the source either, as its disks were written since: start it anew from \
+                    its disks, as after a loss of power";
 
 /// How a machine is received.
 #[derive(Debug, Clone)]
@@ -147,7 +155,7 @@ pub fn receive(
 fn check(mut guest: Guest, host: &dyn TargetHost, events: TargetObserver<'_>) {
     let mut checked = || -> Result<()> {
         guest.welcome()?;
-        let Message::Plan(plan) = guest.connection.await_message(|| Ok(()))? else {
+        let Message::Plan(plan) = guest.connection.await_promptly()? else {
             anyhow::bail!("a source asked for a check without saying of what");
         };
         let report = host.check(&plan.machine);
@@ -166,6 +174,7 @@ fn answer(mut guest: Guest, records: &Records) {
     let mut answered = || -> Result<()> {
         let migration = guest.hello.migration;
         let known = records.target(migration)?;
+        let pages = known.as_ref().map_or(Pages::All, |record| record.pages);
         let status = match known.as_ref().map(|record| record.status) {
             Some(TargetStatus::Running) => TargetStatus::Running,
             Some(TargetStatus::Refused) => TargetStatus::Refused,
@@ -178,19 +187,26 @@ fn answer(mut guest: Guest, records: &Records) {
                     machine,
                     migration,
                     status: TargetStatus::Discarded,
+                    pages: Pages::All,
                     settled: false,
                 })?;
                 TargetStatus::Discarded
             }
         };
         guest.welcome()?;
-        match guest.connection.await_message(|| Ok(()))? {
+        match guest.connection.await_promptly()? {
             Message::Ask | Message::Commit(_) | Message::Abort(_) => {
                 guest.connection.send(&Message::Status(status))?
             }
             other => anyhow::bail!("a {} message came where a question belongs", other.name()),
         }
         if status == TargetStatus::Running {
+            // A source that kept pages wants to know what became of them.
+            match pages {
+                Pages::All => {}
+                Pages::Missing => guest.connection.send(&Message::Refused(LOST.into()))?,
+                Pages::Complete => guest.connection.send(&Message::Complete)?,
+            }
             settle(&mut guest, records, migration);
         }
         Ok(())
@@ -202,7 +218,12 @@ fn answer(mut guest: Guest, records: &Records) {
 
 /// Waits a little for the source's word that it knows, after it was told that the machine ran here.
 fn settle(guest: &mut Guest, records: &Records, migration: MigrationId) {
-    if let Ok(Message::Gone) = guest.connection.await_message(|| Ok(())) {
+    let until = Instant::now() + FAREWELL;
+    let in_time = || {
+        anyhow::ensure!(Instant::now() < until, "it has not said so in time");
+        Ok(())
+    };
+    if let Ok(Message::Gone) = guest.connection.await_message(in_time) {
         note_settled(records, migration);
     }
 }
