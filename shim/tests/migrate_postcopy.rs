@@ -238,7 +238,9 @@ fn a_page_that_was_waited_for_longer_than_patience_comes_when_the_source_is_back
     // So slow that a page is asked for before all are there.
     options.bandwidth = Some(16 << 20);
     options.reconnect = Duration::from_millis(50);
-    assert!(matches!(send(&source, &options), Err(SendError::PostcopyInterrupted(_))));
+    let error = send(&source, &options).expect_err("interrupted");
+    // The word that the machine runs may be lost with it.
+    assert!(matches!(error, SendError::PostcopyInterrupted(_) | SendError::Unresolved(_)), "{error}");
     std::thread::sleep(target.options.patience + Duration::from_millis(300));
     proxy.heal();
     let resolved =
