@@ -15,7 +15,9 @@ use shim::migrate::batch::{BatchBuilder, Packer};
 use shim::migrate::connection::Connection;
 use shim::migrate::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use shim::migrate::transport::Connector;
-use shim::migrate::wire::{HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus};
+use shim::migrate::wire::{
+    CONTROL_MAX, HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus,
+};
 use shim::migrate::{
     Address, CancelToken, Compression, Listener, MigrationId, Resolve, Resolved, Security, SendError,
 };
@@ -66,6 +68,28 @@ fn a_target_survives_whatever_strangers_send() {
     }
     send(&source, &options(&target.address, dir.path())).expect("moved");
     assert_same(source.ram(), target.received().machine.ram());
+}
+
+#[test]
+fn a_first_message_is_not_believed_to_be_long() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+    let _target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+    let body = vec![0; CONTROL_MAX + 1];
+    // The kinds that may be longer, later on.
+    for kind in [3, 4, 7, 11, 13, 21, 23] {
+        // A sign of life is no first message.
+        for before in [vec![], Header::encode(20, &[]).expect("header").to_vec()] {
+            let header = Header::encode(kind, &[&body]).expect("header");
+            let mut stream = UnixStream::connect(&path).expect("connect");
+            // Without the body: it is not waited for.
+            stream.write_all(&[&before[..], &header].concat()).expect("written");
+            stream.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            assert!(String::from_utf8_lossy(&answer).contains("first message"), "{kind}: {answer:?}");
+        }
+    }
 }
 
 #[test]

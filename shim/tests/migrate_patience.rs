@@ -2,6 +2,8 @@
 
 mod migrate_fake;
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
@@ -9,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use migrate_fake::proxy::{Cut, Proxy};
 use migrate_fake::*;
-use shim::migrate::connection::Connection;
+use shim::migrate::batch::Unpacker;
+use shim::migrate::connection::{Connection, Parcel};
 use shim::migrate::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use shim::migrate::transport::Connector;
-use shim::migrate::wire::{Hello, Message, Role, TargetStatus};
+use shim::migrate::wire::{Header, Hello, Message, Role, TargetStatus};
 use shim::migrate::{
     Address, CancelToken, Listener, MigrationId, Resolve, Resolved, Security, SendError, SendOptions,
 };
@@ -185,6 +188,32 @@ fn a_source_that_is_only_alive_does_not_keep_a_target_from_others() {
             });
         }
     });
+}
+
+#[test]
+fn signs_of_life_do_not_keep_whoever_receives_beyond_its_time() {
+    let dir = tempfile::tempdir().expect("dir");
+    let address = unix(dir.path());
+    let listener = Listener::bind(&address, &Security::default()).expect("listens");
+    let mut stream = UnixStream::connect(dir.path().join("target.sock")).expect("connected");
+    let arrival = listener.accept().expect("accepts").expect("somebody");
+    let mut connection = Connection::new(arrival.establish().expect("plain"), PATIENCE);
+    let (alive, ask) = (Header::encode(20, &[]).expect("header"), Header::encode(18, &[]).expect("header"));
+    stream.write_all(&[alive, alive, ask, alive, alive, ask].concat()).expect("written");
+    // Who goes on from one to the next goes on for as long as a peer sends them.
+    for _ in 0..2 {
+        assert_eq!(connection.receive(Duration::ZERO).expect("received"), None);
+    }
+    assert_eq!(connection.receive(Duration::ZERO).expect("received"), Some(Message::Ask));
+    let mut unpacker = Unpacker::new();
+    for last in [false, false, true] {
+        let parcel = connection.receive_parcel(Duration::ZERO, 1024, &mut unpacker).expect("received");
+        assert_eq!(matches!(parcel, Some(Parcel::Message(Message::Ask))), last);
+        assert!(last || parcel.is_none());
+    }
+    // Within its time it does not show them.
+    stream.write_all(&[alive, alive, ask].concat()).expect("written");
+    assert_eq!(connection.receive(PATIENCE).expect("received"), Some(Message::Ask));
 }
 
 #[test]

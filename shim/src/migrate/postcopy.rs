@@ -313,6 +313,10 @@ fn serve(late: &Late, connection: &mut Connection, patience: Duration, stop: &At
         }
         ensure!(!late.owes_longer_than(patience), "a page did not come within {} s", patience.as_secs_f32());
         connection.beat()?;
+        // What TLS has read ahead does not show at the descriptor.
+        if connection.is_readable()? {
+            continue;
+        }
         let mut fds = [
             PollFd::new(late.userfault.as_fd(), PollFlags::POLLIN),
             PollFd::new(connection.descriptor(), PollFlags::POLLIN),
