@@ -25,7 +25,12 @@ pub(super) enum Ended {
     /// The machine runs here. With the connection to the source, if there is one.
     Running(Box<Received>, Option<Connection>),
     /// It does not.
-    Not(anyhow::Error),
+    Not {
+        /// Why.
+        reason: anyhow::Error,
+        /// That it never will could not be written down: the disk may say that it runs.
+        unwritten: Option<TargetRecord>,
+    },
 }
 
 /// A memory with missing pages, and who asks for them.
@@ -46,6 +51,8 @@ pub(super) struct Session<'a> {
     handover: Vec<u8>,
     /// Why the machine does not run here.
     reason: Option<anyhow::Error>,
+    /// A refusal that could not be written down.
+    unwritten: Option<TargetRecord>,
     /// The storage was taken, so it may have to be given back.
     taken: bool,
 }
@@ -71,6 +78,7 @@ impl<'a> Session<'a> {
             late: None,
             handover: Vec::new(),
             reason: None,
+            unwritten: None,
             taken: false,
         }
     }
@@ -106,7 +114,10 @@ impl<'a> Session<'a> {
             self.announce();
             match self.finish_late(door) {
                 Ok(report) => postcopy = report,
-                Err(error) => return Ended::Not(error.context("the machine ran here, and is lost")),
+                Err(error) => {
+                    let reason = error.context("the machine ran here, and is lost");
+                    return Ended::Not { reason, unwritten: None };
+                }
             }
         }
         let (machine, plan) = (self.machine.take(), self.plan.take());
@@ -116,7 +127,10 @@ impl<'a> Session<'a> {
                 let received = Received { machine, description: plan.machine, migration, postcopy };
                 Ended::Running(Box::new(received), self.control)
             }
-            _ => Ended::Not(self.reason.take().unwrap_or_else(|| anyhow::anyhow!("the source gave up"))),
+            _ => {
+                let reason = self.reason.take().unwrap_or_else(|| anyhow::anyhow!("the source gave up"));
+                Ended::Not { reason, unwritten: self.unwritten.take() }
+            }
         }
     }
 
@@ -174,7 +188,11 @@ impl<'a> Session<'a> {
             }
             TargetState::Resuming => self.resume()?,
             TargetState::Returning => self.return_storage()?,
-            TargetState::RecordingRefused => self.write(TargetStatus::Refused, Pages::All)?,
+            TargetState::RecordingRefused => {
+                let written = self.write(TargetStatus::Refused, Pages::All);
+                self.unwritten = written.is_err().then(|| self.record(TargetStatus::Refused, Pages::All));
+                written?;
+            }
             TargetState::RecordingDiscarded => {
                 self.drop_machine();
                 self.write(TargetStatus::Discarded, Pages::All)?;
@@ -187,14 +205,18 @@ impl<'a> Session<'a> {
     }
 
     pub(super) fn write(&self, status: TargetStatus, pages: Pages) -> Result<()> {
-        self.records.write_target(&TargetRecord {
+        self.records.write_target(&self.record(status, pages))
+    }
+
+    fn record(&self, status: TargetStatus, pages: Pages) -> TargetRecord {
+        TargetRecord {
             version: RECORD_VERSION,
             machine: self.plan.as_ref().map(|plan| plan.machine.name.clone()),
             migration: self.hello.migration,
             status,
             pages,
             settled: false,
-        })
+        }
     }
 
     /// Something on the machine, while the source is told that this side is there.

@@ -19,6 +19,8 @@ use crate::machine::{CompatibilityReport, Description, TargetHost, TargetMachine
 /// How long a source that was told that its machine ran here is waited for, to say that it knows. Meanwhile nobody else is
 /// served.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// Rest until it is tried again to write down a refusal.
+const UNWRITTEN_REST: Duration = Duration::from_secs(1);
 /// What a source is told that still has pages which the machine needed.
 const LOST: &str = "the machine is lost: it ran on the target before all of its memory had come, and the process that ran it \
                     there is dead. It must not go on at the source either, as its disks were written since: start it anew from \
@@ -124,11 +126,17 @@ pub fn receive(
 ) -> Result<Option<Received>> {
     let records = Records::open(&options.state_dir)?;
     let mut door = Door::open(listener, options.patience)?;
+    let mut unwritten: Option<Unwritten> = None;
     while !options.stop.is_cancelled() {
+        unwritten = unwritten.and_then(|unwritten| unwritten.write(&records, UNWRITTEN_REST));
         let Some(guest) = door.wait(TICK)? else { continue };
         match guest.hello.role {
             Role::Check => check(guest, host, events),
-            Role::Resolve => answer(guest, &records),
+            Role::Resolve => answer(guest, &records, unwritten.as_ref()),
+            // One that was refused must not be forgotten over another.
+            Role::Control if unwritten.is_some() => guest.refuse(
+                "this target cannot write to its state directory, and takes no machine until it can: see its log",
+            ),
             Role::Pages | Role::Faults => {
                 guest.refuse("no migration is under way that this connection could belong to")
             }
@@ -140,15 +148,50 @@ pub fn receive(
                         see_off(door, records, received.migration, control, late);
                         return Ok(Some(*received));
                     }
-                    Ended::Not(error) => {
-                        tracing::warn!("a machine was not received: {error:#}");
-                        events(&TargetEvent::Failed { reason: format!("{error:#}") });
+                    Ended::Not { reason, unwritten: refusal } => {
+                        tracing::warn!("a machine was not received: {reason:#}");
+                        unwritten = refusal.map(Unwritten::new);
+                        events(&TargetEvent::Failed { reason: format!("{reason:#}") });
                     }
                 }
             }
         }
     }
+    if let Some(left) = unwritten.and_then(|unwritten| unwritten.write(&records, Duration::ZERO)) {
+        tracing::error!(
+            "it is not written down that the migration {} was refused here: its source may be told that the machine runs here, \
+             where it does not",
+            left.record.migration
+        );
+    }
     Ok(None)
+}
+
+/// A refusal that could not be written down. The disk may say that the machine runs here, which a source that asks must not be
+/// told: its machine would run nowhere.
+struct Unwritten {
+    record: TargetRecord,
+    tried: Instant,
+}
+
+impl Unwritten {
+    fn new(record: TargetRecord) -> Self {
+        tracing::error!(
+            "it could not be written down that the migration {} was refused: no machine is taken until it can be",
+            record.migration
+        );
+        Self { record, tried: Instant::now() }
+    }
+
+    /// Tries again, if that was `rest` ago. `None`: it is written down now.
+    fn write(mut self, records: &Records, rest: Duration) -> Option<Self> {
+        if self.tried.elapsed() < rest {
+            return Some(self);
+        }
+        self.tried = Instant::now();
+        let written = records.write_target(&self.record);
+        written.inspect_err(|error| tracing::debug!("it still cannot: {error:#}")).is_err().then_some(self)
+    }
 }
 
 /// Says what stands in the way of a machine, and no more.
@@ -168,12 +211,16 @@ fn check(mut guest: Guest, host: &dyn TargetHost, events: TargetObserver<'_>) {
     }
 }
 
-/// Answers for an attempt that is not under way in this process: what is written down, or else a promise, written down first,
+/// Answers for an attempt that is not under way in this process: what could not be written down, what was, or else a promise, written down first,
 /// that it never will be.
-fn answer(mut guest: Guest, records: &Records) {
+fn answer(mut guest: Guest, records: &Records, unwritten: Option<&Unwritten>) {
     let mut answered = || -> Result<()> {
         let migration = guest.hello.migration;
-        let known = records.target(migration)?;
+        let by_heart = unwritten.map(|unwritten| &unwritten.record);
+        let known = match by_heart.filter(|record| record.migration == migration) {
+            Some(record) => Some(record.clone()),
+            None => records.target(migration)?,
+        };
         let pages = known.as_ref().map_or(Pages::All, |record| record.pages);
         let status = match known.as_ref().map(|record| record.status) {
             Some(TargetStatus::Running) => TargetStatus::Running,
@@ -272,7 +319,7 @@ fn see_off(
                 {
                     control = guest.welcome().is_ok().then_some(guest.connection);
                 }
-                Some(guest) if guest.hello.role == Role::Resolve => answer(guest, &records),
+                Some(guest) if guest.hello.role == Role::Resolve => answer(guest, &records, None),
                 Some(guest) => guest.refuse("this process runs a machine already"),
                 None => {}
             }
