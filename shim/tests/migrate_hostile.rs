@@ -5,6 +5,8 @@ mod migrate_fake;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use migrate_fake::*;
@@ -13,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use shim::machine::{CompatibilityReport, SourceMachine};
 use shim::migrate::batch::{BatchBuilder, Packer};
 use shim::migrate::connection::Connection;
-use shim::migrate::record::{Pages, RECORD_VERSION, Records, TargetRecord};
+use shim::migrate::record::{Pages, Place, RECORD_VERSION, Records, SourceRecord, TargetRecord};
 use shim::migrate::transport::Connector;
 use shim::migrate::wire::{
     CONTROL_MAX, HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus,
@@ -390,6 +392,52 @@ fn a_source_whose_process_died_after_the_handover_lets_the_target_run() {
     assert_eq!(resolved.expect("resolved"), Resolved::Gone);
     assert_same(&ram, target.received().machine.ram());
     world.assert_rules_kept();
+}
+
+#[test]
+fn a_machine_that_somebody_has_settled_meanwhile_is_not_given_away() {
+    for here in [true, false] {
+        let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+        let source = FakeSource::new(&world, 4 << 20, Log::Classic, 500);
+        let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+        let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+        let _proxy = loop_until_commit(&source, &target, &path, dir.path());
+        let state = dir.path().join("source");
+        let last = shim::migrate::last_attempt(&state, "vm one").expect("read").expect("there");
+        let settled = match here {
+            true => SourceRecord { place: Place::Here, ..last },
+            // Sent anew since, and on its way.
+            false => SourceRecord { migration: MigrationId::new(), ..last },
+        };
+        let (committed, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (saw_commit, asked) = (committed.clone(), seen.clone());
+        let address = scripted(dir.path(), move |listener| {
+            let records = Records::open(&state).expect("records");
+            loop {
+                let mut control = accept(listener);
+                control.send(&Message::Welcome(1)).expect("sent");
+                while let Ok(message) = next(&mut control) {
+                    if message == Message::Ask {
+                        records.write_source(&settled).expect("written");
+                        asked.fetch_add(1, SeqCst);
+                        control.send(&Message::Status(TargetStatus::Prepared)).expect("sent");
+                    } else if matches!(message, Message::Commit(_)) {
+                        saw_commit.store(true, SeqCst);
+                    }
+                }
+            }
+        });
+        let mut options = options(&address, dir.path());
+        options.reconnect = Duration::from_millis(10);
+        options.patience = Duration::from_secs(1);
+        let resolved =
+            shim::migrate::resolve(Some(&source), "vm one", &options, Resolve::Ask, &CancelToken::new());
+        let error = resolved.expect_err("settled by somebody else");
+        assert!(matches!(error, SendError::Unresolved(_)), "{error}");
+        assert!(error.to_string().contains("settled"), "{error}");
+        assert!(!committed.load(SeqCst) && !source.ended() && world.runs() == '-');
+        assert_eq!(seen.load(SeqCst), 1);
+    }
 }
 
 /// Migrates through a proxy that lets everything pass but the commit.

@@ -24,6 +24,10 @@ const TAKING_MAX: Duration = Duration::from_secs(600);
 /// How long an answer is waited for even if a person does not want to wait: who asks at all wants to know.
 const CANCEL_GRACE: Duration = Duration::from_secs(1);
 
+/// Why nothing more is done for an attempt.
+const SETTLED_BY_ANOTHER: &str =
+    "somebody else has settled meanwhile where the machine is, or has sent it anew: look there first";
+
 /// A machine on its way out.
 pub(super) struct Handover<'a> {
     /// `None` if the process that had it is dead.
@@ -80,7 +84,11 @@ impl Handover<'_> {
             SourceState::RecordingHandover => self.write(Place::HandedOver)?,
             SourceState::Committing => self.commit()?,
             SourceState::AwaitingRunning => return self.await_running(),
-            SourceState::Asking => return self.ask(),
+            SourceState::Asking => {
+                // If the disk does not say, the answer is worth having all the same.
+                ensure!(self.is_handed_over().unwrap_or(true), SETTLED_BY_ANOTHER);
+                return self.ask();
+            }
             SourceState::RecordingHere => self.write(Place::Here)?,
             SourceState::Reclaiming => self.reclaim()?,
             SourceState::Resuming => {
@@ -233,7 +241,16 @@ impl Handover<'_> {
         self.records.write_source(&self.record)
     }
 
+    /// Whether this attempt is still the one to be settled, and nobody else has done so: two people may be at it at once.
+    fn is_handed_over(&self) -> Result<bool> {
+        let known = self.records.source(&self.record.machine)?;
+        let ours = known.filter(|record| record.migration == self.record.migration);
+        Ok(ours.is_some_and(|record| record.place == Place::HandedOver))
+    }
+
     fn commit(&mut self) -> Result<()> {
+        // The last look before the target may run it: where it was let go on meanwhile it would run twice.
+        ensure!(self.is_handed_over().context("look where the machine is")?, SETTLED_BY_ANOTHER);
         let control = self.control.as_mut().context("the connection was lost before the commit")?;
         control.send(&Message::Commit(self.record.handover.clone()))
     }
