@@ -144,3 +144,43 @@ fn a_target_left_prepared_takes_the_machine_after_any_number_of_attempts_that_di
     assert_same(source.ram(), target.received().machine.ram());
     world.assert_rules_kept();
 }
+
+#[test]
+fn a_refusal_that_could_not_be_written_down_is_told_all_the_same() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let source = FakeSource::new(&world, 4 << 20, Log::Manual, 300);
+    let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+    let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+    // That it runs is written down, but then it does not, and the word of that is lost.
+    world.fail("target resume");
+    let records = dir.path().join("target");
+    let broken = records.clone();
+    *world.before_return.lock().expect("nobody panics with it") = Some(Box::new(move || {
+        for entry in std::fs::read_dir(&broken).expect("listed").flatten() {
+            // Nothing can be written where a directory is.
+            std::fs::create_dir(entry.path().with_extension("new")).expect("made");
+        }
+    }));
+    let proxy = Proxy::start(dir.path(), &path, vec![(Cut::Before, Place::Kind(16, 0))], false);
+    let options = options(&Address::Unix(proxy.path.clone()), dir.path());
+    let error = send(&source, &options).expect_err("refused");
+    assert!(matches!(error, SendError::Failed(_)), "{error}");
+    assert_eq!(proxy.cuts(), 1);
+    source.assert_untouched();
+    // As long as nothing can be written no machine is taken.
+    world.heal();
+    let error = send(&source, &options).expect_err("refused").to_string();
+    assert!(error.contains("state directory"), "{error}");
+    for entry in std::fs::read_dir(&records).expect("listed").flatten() {
+        if entry.path().is_dir() {
+            std::fs::remove_dir(entry.path()).expect("removed");
+        }
+    }
+    let until = std::time::Instant::now() + Duration::from_secs(5);
+    while let Err(error) = send(&source, &options) {
+        assert!(std::time::Instant::now() < until, "{error}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_same(source.ram(), target.received().machine.ram());
+    world.assert_rules_kept();
+}

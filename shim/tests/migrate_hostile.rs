@@ -5,6 +5,8 @@ mod migrate_fake;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use migrate_fake::*;
@@ -13,9 +15,11 @@ use rand_chacha::ChaCha8Rng;
 use shim::machine::{CompatibilityReport, SourceMachine};
 use shim::migrate::batch::{BatchBuilder, Packer};
 use shim::migrate::connection::Connection;
-use shim::migrate::record::{RECORD_VERSION, Records, TargetRecord};
+use shim::migrate::record::{Pages, Place, RECORD_VERSION, Records, SourceRecord, TargetRecord};
 use shim::migrate::transport::Connector;
-use shim::migrate::wire::{HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus};
+use shim::migrate::wire::{
+    CONTROL_MAX, HEADER_BYTES, Header, Hello, Message, Plan, Role, RoundEnd, TargetStatus,
+};
 use shim::migrate::{
     Address, CancelToken, Compression, Listener, MigrationId, Resolve, Resolved, Security, SendError,
 };
@@ -66,6 +70,28 @@ fn a_target_survives_whatever_strangers_send() {
     }
     send(&source, &options(&target.address, dir.path())).expect("moved");
     assert_same(source.ram(), target.received().machine.ram());
+}
+
+#[test]
+fn a_first_message_is_not_believed_to_be_long() {
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+    let _target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+    let body = vec![0; CONTROL_MAX + 1];
+    // The kinds that may be longer, later on.
+    for kind in [3, 4, 7, 11, 13, 21, 23] {
+        // A sign of life is no first message.
+        for before in [vec![], Header::encode(20, &[]).expect("header").to_vec()] {
+            let header = Header::encode(kind, &[&body]).expect("header");
+            let mut stream = UnixStream::connect(&path).expect("connect");
+            // Without the body: it is not waited for.
+            stream.write_all(&[&before[..], &header].concat()).expect("written");
+            stream.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            assert!(String::from_utf8_lossy(&answer).contains("first message"), "{kind}: {answer:?}");
+        }
+    }
 }
 
 #[test]
@@ -310,8 +336,14 @@ fn a_target_whose_process_died_when_prepared_never_runs_the_machine() {
         if let Some(status) = status {
             let records = Records::open(&dir.path().join("target")).expect("records");
             let migration = last.migration;
-            let record =
-                TargetRecord { version: RECORD_VERSION, machine: None, migration, status, settled: false };
+            let record = TargetRecord {
+                version: RECORD_VERSION,
+                machine: None,
+                migration,
+                status,
+                pages: Pages::All,
+                settled: false,
+            };
             records.write_target(&record).expect("written");
         }
         let target = Target::start(&world, &unix(dir.path()), &Security::default(), dir.path());
@@ -360,6 +392,52 @@ fn a_source_whose_process_died_after_the_handover_lets_the_target_run() {
     assert_eq!(resolved.expect("resolved"), Resolved::Gone);
     assert_same(&ram, target.received().machine.ram());
     world.assert_rules_kept();
+}
+
+#[test]
+fn a_machine_that_somebody_has_settled_meanwhile_is_not_given_away() {
+    for here in [true, false] {
+        let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+        let source = FakeSource::new(&world, 4 << 20, Log::Classic, 500);
+        let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+        let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+        let _proxy = loop_until_commit(&source, &target, &path, dir.path());
+        let state = dir.path().join("source");
+        let last = shim::migrate::last_attempt(&state, "vm one").expect("read").expect("there");
+        let settled = match here {
+            true => SourceRecord { place: Place::Here, ..last },
+            // Sent anew since, and on its way.
+            false => SourceRecord { migration: MigrationId::new(), ..last },
+        };
+        let (committed, seen) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+        let (saw_commit, asked) = (committed.clone(), seen.clone());
+        let address = scripted(dir.path(), move |listener| {
+            let records = Records::open(&state).expect("records");
+            loop {
+                let mut control = accept(listener);
+                control.send(&Message::Welcome(1)).expect("sent");
+                while let Ok(message) = next(&mut control) {
+                    if message == Message::Ask {
+                        records.write_source(&settled).expect("written");
+                        asked.fetch_add(1, SeqCst);
+                        control.send(&Message::Status(TargetStatus::Prepared)).expect("sent");
+                    } else if matches!(message, Message::Commit(_)) {
+                        saw_commit.store(true, SeqCst);
+                    }
+                }
+            }
+        });
+        let mut options = options(&address, dir.path());
+        options.reconnect = Duration::from_millis(10);
+        options.patience = Duration::from_secs(1);
+        let resolved =
+            shim::migrate::resolve(Some(&source), "vm one", &options, Resolve::Ask, &CancelToken::new());
+        let error = resolved.expect_err("settled by somebody else");
+        assert!(matches!(error, SendError::Unresolved(_)), "{error}");
+        assert!(error.to_string().contains("settled"), "{error}");
+        assert!(!committed.load(SeqCst) && !source.ended() && world.runs() == '-');
+        assert_eq!(seen.load(SeqCst), 1);
+    }
 }
 
 /// Migrates through a proxy that lets everything pass but the commit.

@@ -13,7 +13,9 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use shim::machine::SourceMachine;
 use shim::memory::GuestRam;
-use shim::migrate::{Address, CancelToken, Compression, Resolve, Resolved, Security, SendError, SendOptions};
+use shim::migrate::{
+    Address, CancelToken, Compression, Resolve, Resolved, Security, SendError, SendOptions, TargetEvent,
+};
 use shim::pages::PAGE_BYTES;
 
 const BYTES: u64 = 16 << 20;
@@ -221,6 +223,40 @@ fn a_source_that_cannot_reach_the_target_keeps_its_pages_until_told() {
 }
 
 #[test]
+fn a_page_that_was_waited_for_longer_than_patience_comes_when_the_source_is_back() {
+    if !has_userfaultfd() {
+        return;
+    }
+    let (world, dir) = (World::new(), tempfile::tempdir().expect("dir"));
+    let source = FakeSource::new(&world, BYTES, Log::Manual, 20_000);
+    let Address::Unix(path) = unix(dir.path()) else { unreachable!() };
+    let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
+    // With the first page that is asked for.
+    let proxy = Proxy::start_at_kind(dir.path(), &path, Cut::Before, 22);
+    let processors = Processors::wait_to_run(&world, source.ram());
+    let mut options = late(&Address::Unix(proxy.path.clone()), dir.path());
+    // So slow that a page is asked for before all are there.
+    options.bandwidth = Some(16 << 20);
+    options.reconnect = Duration::from_millis(50);
+    let error = send(&source, &options).expect_err("interrupted");
+    // The word that the machine runs may be lost with it.
+    assert!(matches!(error, SendError::PostcopyInterrupted(_) | SendError::Unresolved(_)), "{error}");
+    std::thread::sleep(target.options.patience + Duration::from_millis(300));
+    proxy.heal();
+    let resolved =
+        shim::migrate::resolve(Some(&source), "vm one", &options, Resolve::Ask, &CancelToken::new());
+    assert_eq!(resolved.expect("resolved"), Resolved::Gone);
+    let lost = |event: &TargetEvent| matches!(event, TargetEvent::Waiting { .. });
+    let losses =
+        target.events.lock().expect("nobody panics with it").iter().filter(|event| lost(event)).count();
+    assert_eq!(losses, 1, "the source was lost again after it had come back");
+    let received = target.received();
+    processors.finish();
+    assert_same(source.ram(), received.machine.ram());
+    world.assert_rules_kept();
+}
+
+#[test]
 fn a_source_that_died_with_missing_pages_does_not_let_the_target_run() {
     if !has_userfaultfd() {
         return;
@@ -231,6 +267,8 @@ fn a_source_that_died_with_missing_pages_does_not_let_the_target_run() {
     let target = Target::start(&world, &Address::Unix(path.clone()), &Security::default(), dir.path());
     let proxy = Proxy::start_at_kind(dir.path(), &path, Cut::Before, 13);
     let mut options = late(&Address::Unix(proxy.path.clone()), dir.path());
+    // So slow that a page is asked for before all are there.
+    options.bandwidth = Some(16 << 20);
     options.reconnect = Duration::from_millis(50);
     assert!(matches!(send(&source, &options), Err(SendError::Unresolved(_))));
     drop(source);

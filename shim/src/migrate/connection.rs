@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::batch::{Batch, BatchBuilder, Packer, Unpacker};
 use super::transport::{Closer, Stream, TICK};
-use super::wire::{HEADER_BYTES, Header, KIND_PAGES, Message, kind_name};
+use super::wire::{CONTROL_MAX, HEADER_BYTES, Header, KIND_PAGES, Message, kind_name};
 
 /// How often a side says that it is still there while it has nothing else to say.
 pub const BEAT: Duration = Duration::from_secs(1);
@@ -26,6 +26,8 @@ pub struct Connection {
     filled: usize,
     /// The message in the inbox was handed out: the next one begins.
     delivered: bool,
+    /// The peer has said something other than that it is there.
+    introduced: bool,
     /// How long the peer may be silent in the middle of a message, or take no bytes.
     patience: Duration,
     last_heard: Instant,
@@ -51,6 +53,7 @@ impl Connection {
             inbox: Vec::new(),
             filled: 0,
             delivered: false,
+            introduced: false,
             patience,
             last_heard: now,
             last_said: now,
@@ -65,6 +68,14 @@ impl Connection {
     /// If the process has no descriptor left.
     pub fn closer(&self) -> Result<Closer> {
         self.stream.closer().context("keep a handle of a connection")
+    }
+
+    /// Whether something has come that was not received yet.
+    ///
+    /// # Errors
+    /// If the system cannot say.
+    pub fn is_readable(&self) -> Result<bool> {
+        self.stream.readable(Duration::ZERO).context("look for something from the peer")
     }
 
     /// What to wait on, together with other descriptors, when nothing is left to receive.
@@ -129,7 +140,8 @@ impl Connection {
         Ok(())
     }
 
-    /// The next message, if one is complete within `wait`. [`Message::Alive`] is not shown.
+    /// The next message, if one is complete within `wait`. [`Message::Alive`] is not shown; when the time is up nothing is
+    /// looked for behind it, so that a peer which sends many of them does not keep us here.
     ///
     /// # Errors
     /// If the peer is gone or stops in the middle of a message, or the message is malformed.
@@ -138,8 +150,12 @@ impl Connection {
         while let Some(header) = self.fill(until)? {
             ensure!(header.kind != KIND_PAGES, "the peer sent pages on a connection that is not for them");
             match Message::decode(header.kind, self.body(&header).to_vec())? {
+                Message::Alive if Instant::now() >= until => break,
                 Message::Alive => {}
-                message => return Ok(Some(message)),
+                message => {
+                    self.introduced = true;
+                    return Ok(Some(message));
+                }
             }
         }
         Ok(None)
@@ -162,8 +178,12 @@ impl Connection {
                 return Ok(Some(Parcel::Pages(batch)));
             }
             match Message::decode(header.kind, self.body(&header).to_vec())? {
+                Message::Alive if Instant::now() >= until => break,
                 Message::Alive => {}
-                message => return Ok(Some(Parcel::Message(message))),
+                message => {
+                    self.introduced = true;
+                    return Ok(Some(Parcel::Message(message)));
+                }
             }
         }
         Ok(None)
@@ -184,6 +204,12 @@ impl Connection {
             } else {
                 let bytes = self.inbox.first_chunk().expect("the header has arrived");
                 let header = Header::decode(bytes)?;
+                // Before it has said who it is nobody gets room for more.
+                ensure!(
+                    self.introduced || header.length <= CONTROL_MAX,
+                    "the peer's first message has {} bytes, more than the {CONTROL_MAX} allowed there",
+                    header.length
+                );
                 (HEADER_BYTES + header.length, Some(header))
             };
             match header {
@@ -304,6 +330,23 @@ impl Connection {
         });
         self.last_heard = Instant::now();
         outcome
+    }
+
+    /// Waits for a message that the peer has no reason to keep back, at most as long as patience lasts: one that only says
+    /// that it is there holds nobody for ever.
+    ///
+    /// # Errors
+    /// As [`Connection::await_message`], and if the message does not come in time.
+    pub fn await_promptly(&mut self) -> Result<Message> {
+        let (begun, patience) = (Instant::now(), self.patience);
+        self.await_message(|| {
+            ensure!(
+                begun.elapsed() < patience,
+                "the peer is there, but has not said for {} s what it has to say now",
+                patience.as_secs_f32()
+            );
+            Ok(())
+        })
     }
 
     /// Waits for the next message for as long as the peer shows that it is there; `stop` is asked at each tick.

@@ -12,11 +12,21 @@ use super::record::{Place, Records, SourceRecord};
 use super::transport::{Connector, TICK};
 use super::wire::{HANDOVER_MAX, Hello, Message, PROTOCOL_MAX, PROTOCOL_MIN, Role, TargetStatus};
 use crate::machine::SourceMachine;
+use crate::pages::PageSet;
 
 /// Rest between two attempts to reach the target again.
 const RECONNECT_REST: Duration = Duration::from_millis(500);
 /// How often the target is asked anew before a person has to look at it. Each commit that does not get through is a reason.
 const QUESTIONS_MAX: u32 = 200;
+
+/// Longest time that a target which shows that it is there is given to take the storage over and run the machine.
+const TAKING_MAX: Duration = Duration::from_secs(600);
+/// How long an answer is waited for even if a person does not want to wait: who asks at all wants to know.
+const CANCEL_GRACE: Duration = Duration::from_secs(1);
+
+/// Why nothing more is done for an attempt.
+const SETTLED_BY_ANOTHER: &str =
+    "somebody else has settled meanwhile where the machine is, or has sent it anew: look there first";
 
 /// A machine on its way out.
 pub(super) struct Handover<'a> {
@@ -74,7 +84,11 @@ impl Handover<'_> {
             SourceState::RecordingHandover => self.write(Place::HandedOver)?,
             SourceState::Committing => self.commit()?,
             SourceState::AwaitingRunning => return self.await_running(),
-            SourceState::Asking => return self.ask(),
+            SourceState::Asking => {
+                // If the disk does not say, the answer is worth having all the same.
+                ensure!(self.is_handed_over().unwrap_or(true), SETTLED_BY_ANOTHER);
+                return self.ask();
+            }
             SourceState::RecordingHere => self.write(Place::Here)?,
             SourceState::Reclaiming => self.reclaim()?,
             SourceState::Resuming => {
@@ -111,6 +125,9 @@ impl Handover<'_> {
         let mut trouble = None;
         for recovery in 0..RECOVERIES_MAX {
             if recovery > 0 {
+                if self.cancel.is_cancelled() {
+                    break;
+                }
                 std::thread::sleep(RECOVERY_REST);
             }
             match self.try_late_pages(&mut late) {
@@ -153,7 +170,7 @@ impl Handover<'_> {
                 }
             }
             self.asked = false;
-            if self.reopen(late).map_err(Interrupted::Lost)? {
+            if self.reopen(late)? {
                 return Ok(());
             }
         }
@@ -162,21 +179,37 @@ impl Handover<'_> {
     }
 
     /// Asks which pages are still missing, and makes connections for them. Whether none is.
-    fn reopen(&mut self, late: &mut LateSource) -> Result<bool> {
-        let control = self.control.as_mut().context("the connection was lost")?;
-        let missing = match control.await_message(|| Ok(()))? {
+    fn reopen(&mut self, late: &mut LateSource) -> Result<bool, Interrupted> {
+        let missing = match self.await_answer().map_err(Interrupted::Lost)? {
             Message::StillMissing(missing) => missing,
             Message::Complete => return Ok(true),
-            other => bail!("the target sent a {} message instead of what it still needs", other.name()),
+            Message::Refused(reason) => return Err(Interrupted::ForGood(anyhow::anyhow!(reason))),
+            other => {
+                let name = other.name();
+                let error =
+                    anyhow::anyhow!("the target sent a {name} message instead of what it still needs");
+                return Err(Interrupted::Lost(error));
+            }
         };
+        self.connect_for_pages(late, &missing).map_err(Interrupted::Lost)?;
+        Ok(false)
+    }
+
+    fn connect_for_pages(&self, late: &mut LateSource, missing: &PageSet) -> Result<()> {
         let mut connections = Vec::new();
         for index in 0..late.connections {
             connections.push(greet(self.connector, hello(&self.record, Role::Pages, index), self.patience)?);
         }
         let faults = greet(self.connector, hello(&self.record, Role::Faults, 0), self.patience)?;
-        late.open(&missing, faults)?;
+        late.open(missing, faults)?;
         late.push_over(connections, 0);
-        Ok(false)
+        Ok(())
+    }
+
+    /// What the target says to a question, which takes no work on its side.
+    fn await_answer(&mut self) -> Result<Message> {
+        let control = self.control.as_mut().context("the connection was lost")?;
+        control.await_message(prompt(self.patience, self.cancel))
     }
 
     fn release(&mut self) -> Result<()> {
@@ -208,14 +241,34 @@ impl Handover<'_> {
         self.records.write_source(&self.record)
     }
 
+    /// Whether this attempt is still the one to be settled, and nobody else has done so: two people may be at it at once.
+    fn is_handed_over(&self) -> Result<bool> {
+        let known = self.records.source(&self.record.machine)?;
+        let ours = known.filter(|record| record.migration == self.record.migration);
+        Ok(ours.is_some_and(|record| record.place == Place::HandedOver))
+    }
+
     fn commit(&mut self) -> Result<()> {
+        // The last look before the target may run it: where it was let go on meanwhile it would run twice.
+        ensure!(self.is_handed_over().context("look where the machine is")?, SETTLED_BY_ANOTHER);
         let control = self.control.as_mut().context("the connection was lost before the commit")?;
         control.send(&Message::Commit(self.record.handover.clone()))
     }
 
     fn await_running(&mut self) -> Result<SourceInput> {
         let control = self.control.as_mut().context("the connection was lost after the commit")?;
-        let answer = control.await_message(|| Ok(()));
+        // It takes the storage over, which may last: it gets the time of patience also from a person who does not want to wait.
+        let (begun, patience, cancel) = (Instant::now(), self.patience, self.cancel);
+        let answer = control.await_message(|| {
+            let asked_to_stop = cancel.is_cancelled() && begun.elapsed() >= patience;
+            ensure!(!asked_to_stop, "waiting for the target to run the machine was cancelled");
+            ensure!(
+                begun.elapsed() < TAKING_MAX,
+                "the target is there, but has not run the machine within {} s",
+                TAKING_MAX.as_secs()
+            );
+            Ok(())
+        });
         if answer.is_err() {
             self.control = None;
         }
@@ -241,6 +294,8 @@ impl Handover<'_> {
             self.questions <= QUESTIONS_MAX,
             "the connection was lost {QUESTIONS_MAX} times around the commit"
         );
+        // Once in any case: who is told to stop still wants to know. But a target may answer the same for ever.
+        ensure!(self.questions == 1 || !self.cancel.is_cancelled(), "asking the target again was cancelled");
         let until = Instant::now() + self.reconnect;
         loop {
             match self.ask_once() {
@@ -274,11 +329,11 @@ impl Handover<'_> {
         let hello = hello(&self.record, Role::Resolve, 0);
         let mut control = greet(self.connector, hello, self.patience)?;
         control.send(&Message::Ask)?;
-        match control.await_message(|| Ok(()))? {
+        match control.await_message(prompt(self.patience, self.cancel))? {
             Message::Status(TargetStatus::Prepared) if self.machine.is_none() && self.record.postcopy => {
                 // The pages that it lacks died with the process that had them: it must not run.
                 control.send(&Message::Abort("the source has died, and pages with it".into()))?;
-                match control.await_message(|| Ok(()))? {
+                match control.await_promptly()? {
                     Message::Status(status) => Ok((control, status)),
                     other => bail!("the target answered with a {} message", other.name()),
                 }
@@ -311,6 +366,21 @@ enum Interrupted {
     ForGood(anyhow::Error),
 }
 
+/// Ends the wait for an answer that takes the target no work: after the time of patience, or soon if a person asks for that.
+fn prompt(patience: Duration, cancel: &CancelToken) -> impl FnMut() -> Result<()> {
+    let begun = Instant::now();
+    move || {
+        ensure!(
+            begun.elapsed() < patience,
+            "the target is there, but has not answered for {} s",
+            patience.as_secs_f32()
+        );
+        let asked_to_stop = cancel.is_cancelled() && begun.elapsed() >= CANCEL_GRACE;
+        ensure!(!asked_to_stop, "waiting for the target's answer was cancelled");
+        Ok(())
+    }
+}
+
 /// The first message of a connection of an attempt.
 pub(super) fn hello(record: &SourceRecord, role: Role, index: u32) -> Hello {
     Hello {
@@ -328,7 +398,7 @@ pub(super) fn hello(record: &SourceRecord, role: Role, index: u32) -> Hello {
 pub(super) fn greet(connector: &Connector, hello: Hello, patience: Duration) -> Result<Connection> {
     let mut connection = Connection::new(connector.connect()?, patience);
     connection.send(&Message::Hello(hello))?;
-    match connection.await_message(|| Ok(()))? {
+    match connection.await_promptly()? {
         Message::Welcome(version) if (PROTOCOL_MIN..=PROTOCOL_MAX).contains(&version) => Ok(connection),
         Message::Welcome(version) => bail!(
             "the target wants to speak version {version} of the protocol, this program speaks {PROTOCOL_MIN} to {PROTOCOL_MAX}"

@@ -203,7 +203,8 @@ impl TargetState {
             (Self::Resuming, I::Done) => Self::Running,
             (Self::Taking | Self::RecordingRunning | Self::Resuming, I::Failed) => Self::Returning,
             (Self::Returning, I::Done | I::Failed) => Self::RecordingRefused,
-            // Not being able to write it changes nothing: this process does not run the machine, and a later one cannot.
+            // Not being able to write it changes nothing: this process does not run the machine, and a later one cannot. But the
+            // disk may say `running` then, so that this process tells what it knows, until it can be written.
             (Self::RecordingRefused, I::Done | I::Failed) => Self::Refused,
             (Self::RecordingDiscarded, I::Done | I::Failed) => Self::Discarded,
             (state, _) => state,

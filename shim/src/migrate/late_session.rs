@@ -9,6 +9,7 @@ use super::connection::Connection;
 use super::door::Door;
 use super::postcopy::{FaultReport, FaultThread, Late};
 use super::receivers::{Event, Receivers, Sink};
+use super::record::Pages;
 use super::session::{Armed, Session, listen, unexpected};
 use super::target::TargetEvent;
 use super::transport::TICK;
@@ -78,6 +79,10 @@ impl Session<'_> {
         if let Err(error) = self.with_machine(|machine| machine.start_devices()) {
             tracing::error!("the machine runs here, but not all of its devices: {error:#}");
         }
+        // After the devices, which the guest waits for. It matters only to who asks when this process is dead.
+        if let Err(error) = self.write(TargetStatus::Running, Pages::Complete) {
+            tracing::warn!("it could not be written down that all pages are here: {error:#}");
+        }
         Ok(Some(report))
     }
 
@@ -134,7 +139,7 @@ impl Session<'_> {
     }
 
     fn take_up_again(&mut self, parts: &mut LateParts, door: &mut Door) -> Result<()> {
-        match self.control()?.await_message(|| Ok(()))? {
+        match self.control()?.await_promptly()? {
             Message::Ask => {}
             other => return Err(unexpected(&other)),
         }

@@ -66,10 +66,19 @@ pub(super) struct Late {
     phase: Mutex<Phase>,
 }
 
+/// A page that somebody waits for.
+struct Wait {
+    /// Since when.
+    since: Instant,
+    /// Since when it is to be asked for over the connection that there is now: what an earlier one did not bring says nothing
+    /// about this one.
+    asked: Instant,
+}
+
 #[derive(Default)]
 struct Waits {
-    /// Since when a page is waited for.
-    open: HashMap<u64, Instant>,
+    /// Pages that are waited for.
+    open: HashMap<u64, Wait>,
     /// Pages that are to be asked for.
     unasked: Vec<u64>,
     histogram: Histogram,
@@ -128,8 +137,8 @@ impl Late {
             self.userfault.wake(&self.ram, page)?;
         }
         let mut waits = self.waits();
-        if let Some(since) = waits.open.remove(&page) {
-            waits.histogram.add(since.elapsed());
+        if let Some(wait) = waits.open.remove(&page) {
+            waits.histogram.add(wait.since.elapsed());
         }
         drop(waits);
         self.left.fetch_sub(1, Ordering::AcqRel);
@@ -192,7 +201,8 @@ impl Late {
                 continue;
             }
             if self.missing.contains(page) {
-                waits.open.insert(page, Instant::now());
+                let now = Instant::now();
+                waits.open.insert(page, Wait { since: now, asked: now });
                 waits.unasked.push(page);
                 continue;
             }
@@ -216,12 +226,14 @@ impl Late {
     /// On a new connection everything has to be asked for again.
     fn ask_again(&self) {
         let mut waits = self.waits();
+        let now = Instant::now();
+        waits.open.values_mut().for_each(|wait| wait.asked = now);
         waits.unasked = waits.open.keys().copied().collect();
     }
 
-    /// Whether somebody waits for longer than this.
-    fn waits_longer_than(&self, patience: Duration) -> bool {
-        self.waits().open.values().any(|since| since.elapsed() > patience)
+    /// Whether this connection owes a page for longer than this.
+    fn owes_longer_than(&self, patience: Duration) -> bool {
+        self.waits().open.values().any(|wait| wait.asked.elapsed() > patience)
     }
 }
 
@@ -299,8 +311,12 @@ fn serve(late: &Late, connection: &mut Connection, patience: Duration, stop: &At
                 Parcel::Message(other) => bail!("a {} message came where pages belong", other.name()),
             }
         }
-        ensure!(!late.waits_longer_than(patience), "a page did not come within {} s", patience.as_secs_f32());
+        ensure!(!late.owes_longer_than(patience), "a page did not come within {} s", patience.as_secs_f32());
         connection.beat()?;
+        // What TLS has read ahead does not show at the descriptor.
+        if connection.is_readable()? {
+            continue;
+        }
         let mut fds = [
             PollFd::new(late.userfault.as_fd(), PollFlags::POLLIN),
             PollFd::new(connection.descriptor(), PollFlags::POLLIN),

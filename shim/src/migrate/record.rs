@@ -65,6 +65,19 @@ pub struct SourceRecord {
     pub handover: Vec<u8>,
 }
 
+/// What a machine that runs at a target had of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pages {
+    /// All of it when it began to run.
+    #[default]
+    All,
+    /// It began to run without some pages, and they have not all come since.
+    Missing,
+    /// It began to run without some pages, which have come since.
+    Complete,
+}
+
 /// What a target remembers of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TargetRecord {
@@ -76,6 +89,9 @@ pub struct TargetRecord {
     pub migration: MigrationId,
     /// Where it stands.
     pub status: TargetStatus,
+    /// What a machine that runs had of its memory.
+    #[serde(default)]
+    pub pages: Pages,
     /// The source knows and will not ask again.
     #[serde(default)]
     pub settled: bool,
@@ -348,6 +364,7 @@ mod tests {
             machine: None,
             migration: MigrationId::new(),
             status,
+            pages: Pages::Complete,
             settled: false,
         };
         records.write_target(&record).expect("written");
@@ -380,6 +397,7 @@ mod tests {
                 machine: None,
                 migration,
                 status: TargetStatus::Discarded,
+                pages: Pages::All,
                 settled: false,
             };
             fs::write(path, serde_json::to_vec(&record).expect("json")).expect("written");
@@ -390,6 +408,7 @@ mod tests {
             machine: None,
             migration,
             status: TargetStatus::Running,
+            pages: Pages::All,
             settled: false,
         };
         fs::write(records.target_path(migration), serde_json::to_vec(&running).expect("json"))

@@ -12,7 +12,7 @@ use super::handshake::{TargetInput, TargetState};
 use super::late_session::LateParts;
 use super::postcopy::{FaultThread, Late};
 use super::receivers::{Event, Receivers, Sink};
-use super::record::{RECORD_VERSION, Records, TargetRecord};
+use super::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use super::senders::CONNECTIONS_MAX;
 use super::target::{ReceiveOptions, Received, TargetEvent, TargetObserver};
 use super::transport::{CONNECT_TIMEOUT, TICK};
@@ -25,7 +25,12 @@ pub(super) enum Ended {
     /// The machine runs here. With the connection to the source, if there is one.
     Running(Box<Received>, Option<Connection>),
     /// It does not.
-    Not(anyhow::Error),
+    Not {
+        /// Why.
+        reason: anyhow::Error,
+        /// That it never will could not be written down: the disk may say that it runs.
+        unwritten: Option<TargetRecord>,
+    },
 }
 
 /// A memory with missing pages, and who asks for them.
@@ -46,6 +51,8 @@ pub(super) struct Session<'a> {
     handover: Vec<u8>,
     /// Why the machine does not run here.
     reason: Option<anyhow::Error>,
+    /// A refusal that could not be written down.
+    unwritten: Option<TargetRecord>,
     /// The storage was taken, so it may have to be given back.
     taken: bool,
 }
@@ -71,6 +78,7 @@ impl<'a> Session<'a> {
             late: None,
             handover: Vec::new(),
             reason: None,
+            unwritten: None,
             taken: false,
         }
     }
@@ -106,7 +114,10 @@ impl<'a> Session<'a> {
             self.announce();
             match self.finish_late(door) {
                 Ok(report) => postcopy = report,
-                Err(error) => return Ended::Not(error.context("the machine ran here, and is lost")),
+                Err(error) => {
+                    let reason = error.context("the machine ran here, and is lost");
+                    return Ended::Not { reason, unwritten: None };
+                }
             }
         }
         let (machine, plan) = (self.machine.take(), self.plan.take());
@@ -116,7 +127,10 @@ impl<'a> Session<'a> {
                 let received = Received { machine, description: plan.machine, migration, postcopy };
                 Ended::Running(Box::new(received), self.control)
             }
-            _ => Ended::Not(self.reason.take().unwrap_or_else(|| anyhow::anyhow!("the source gave up"))),
+            _ => {
+                let reason = self.reason.take().unwrap_or_else(|| anyhow::anyhow!("the source gave up"));
+                Ended::Not { reason, unwritten: self.unwritten.take() }
+            }
         }
     }
 
@@ -164,17 +178,24 @@ impl<'a> Session<'a> {
             TargetState::RecordingPrepared => {
                 // What was said of an earlier machine does not hold for this one.
                 self.options.discard.take();
-                self.write(TargetStatus::Prepared)?;
+                self.write(TargetStatus::Prepared, Pages::All)?;
             }
             TargetState::Prepared => return self.await_commit(door),
             TargetState::Taking => self.take_storage()?,
-            TargetState::RecordingRunning => self.write(TargetStatus::Running)?,
+            TargetState::RecordingRunning => {
+                let pages = if self.late.is_some() { Pages::Missing } else { Pages::All };
+                self.write(TargetStatus::Running, pages)?;
+            }
             TargetState::Resuming => self.resume()?,
             TargetState::Returning => self.return_storage()?,
-            TargetState::RecordingRefused => self.write(TargetStatus::Refused)?,
+            TargetState::RecordingRefused => {
+                let written = self.write(TargetStatus::Refused, Pages::All);
+                self.unwritten = written.is_err().then(|| self.record(TargetStatus::Refused, Pages::All));
+                written?;
+            }
             TargetState::RecordingDiscarded => {
                 self.drop_machine();
-                self.write(TargetStatus::Discarded)?;
+                self.write(TargetStatus::Discarded, Pages::All)?;
             }
             TargetState::Receiving | TargetState::Running | TargetState::Refused | TargetState::Discarded => {
                 bail!("nothing is to be done in the state {state:?}")
@@ -183,14 +204,19 @@ impl<'a> Session<'a> {
         Ok(TargetInput::Done)
     }
 
-    fn write(&self, status: TargetStatus) -> Result<()> {
-        self.records.write_target(&TargetRecord {
+    pub(super) fn write(&self, status: TargetStatus, pages: Pages) -> Result<()> {
+        self.records.write_target(&self.record(status, pages))
+    }
+
+    fn record(&self, status: TargetStatus, pages: Pages) -> TargetRecord {
+        TargetRecord {
             version: RECORD_VERSION,
             machine: self.plan.as_ref().map(|plan| plan.machine.name.clone()),
             migration: self.hello.migration,
             status,
+            pages,
             settled: false,
-        })
+        }
     }
 
     /// Something on the machine, while the source is told that this side is there.
@@ -346,7 +372,7 @@ impl<'a> Session<'a> {
     }
 
     fn make(&mut self) -> Result<()> {
-        let plan = match self.control()?.await_message(|| Ok(()))? {
+        let plan = match self.control()?.await_promptly()? {
             Message::Plan(plan) => *plan,
             other => return Err(unexpected(&other)),
         };

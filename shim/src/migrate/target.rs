@@ -1,7 +1,7 @@
 //! The target of a migration: waits for a machine, and runs it once its source has given it away.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -9,12 +9,22 @@ use serde::{Deserialize, Serialize};
 use super::door::{Door, Guest};
 use super::postcopy::FaultReport;
 use super::progress::CancelToken;
-use super::record::{RECORD_VERSION, Records, TargetRecord};
+use super::record::{Pages, RECORD_VERSION, Records, TargetRecord};
 use super::session::{Ended, Session};
 use super::source::DEFAULT_PATIENCE;
 use super::transport::{Listener, TICK};
 use super::wire::{Message, MigrationId, Role, TargetStatus};
 use crate::machine::{CompatibilityReport, Description, TargetHost, TargetMachine};
+
+/// How long a source that was told that its machine ran here is waited for, to say that it knows. Meanwhile nobody else is
+/// served.
+const FAREWELL: Duration = Duration::from_secs(1);
+/// Rest until it is tried again to write down a refusal.
+const UNWRITTEN_REST: Duration = Duration::from_secs(1);
+/// What a source is told that still has pages which the machine needed.
+const LOST: &str = "the machine is lost: it ran on the target before all of its memory had come, and the process that ran it \
+                    there is dead. It must not go on at the source either, as its disks were written since: start it anew from \
+                    its disks, as after a loss of power";
 
 /// How a machine is received.
 #[derive(Debug, Clone)]
@@ -116,11 +126,17 @@ pub fn receive(
 ) -> Result<Option<Received>> {
     let records = Records::open(&options.state_dir)?;
     let mut door = Door::open(listener, options.patience)?;
+    let mut unwritten: Option<Unwritten> = None;
     while !options.stop.is_cancelled() {
+        unwritten = unwritten.and_then(|unwritten| unwritten.write(&records, UNWRITTEN_REST));
         let Some(guest) = door.wait(TICK)? else { continue };
         match guest.hello.role {
             Role::Check => check(guest, host, events),
-            Role::Resolve => answer(guest, &records),
+            Role::Resolve => answer(guest, &records, unwritten.as_ref()),
+            // One that was refused must not be forgotten over another.
+            Role::Control if unwritten.is_some() => guest.refuse(
+                "this target cannot write to its state directory, and takes no machine until it can: see its log",
+            ),
             Role::Pages | Role::Faults => {
                 guest.refuse("no migration is under way that this connection could belong to")
             }
@@ -132,22 +148,57 @@ pub fn receive(
                         see_off(door, records, received.migration, control, late);
                         return Ok(Some(*received));
                     }
-                    Ended::Not(error) => {
-                        tracing::warn!("a machine was not received: {error:#}");
-                        events(&TargetEvent::Failed { reason: format!("{error:#}") });
+                    Ended::Not { reason, unwritten: refusal } => {
+                        tracing::warn!("a machine was not received: {reason:#}");
+                        unwritten = refusal.map(Unwritten::new);
+                        events(&TargetEvent::Failed { reason: format!("{reason:#}") });
                     }
                 }
             }
         }
     }
+    if let Some(left) = unwritten.and_then(|unwritten| unwritten.write(&records, Duration::ZERO)) {
+        tracing::error!(
+            "it is not written down that the migration {} was refused here: its source may be told that the machine runs here, \
+             where it does not",
+            left.record.migration
+        );
+    }
     Ok(None)
+}
+
+/// A refusal that could not be written down. The disk may say that the machine runs here, which a source that asks must not be
+/// told: its machine would run nowhere.
+struct Unwritten {
+    record: TargetRecord,
+    tried: Instant,
+}
+
+impl Unwritten {
+    fn new(record: TargetRecord) -> Self {
+        tracing::error!(
+            "it could not be written down that the migration {} was refused: no machine is taken until it can be",
+            record.migration
+        );
+        Self { record, tried: Instant::now() }
+    }
+
+    /// Tries again, if that was `rest` ago. `None`: it is written down now.
+    fn write(mut self, records: &Records, rest: Duration) -> Option<Self> {
+        if self.tried.elapsed() < rest {
+            return Some(self);
+        }
+        self.tried = Instant::now();
+        let written = records.write_target(&self.record);
+        written.inspect_err(|error| tracing::debug!("it still cannot: {error:#}")).is_err().then_some(self)
+    }
 }
 
 /// Says what stands in the way of a machine, and no more.
 fn check(mut guest: Guest, host: &dyn TargetHost, events: TargetObserver<'_>) {
     let mut checked = || -> Result<()> {
         guest.welcome()?;
-        let Message::Plan(plan) = guest.connection.await_message(|| Ok(()))? else {
+        let Message::Plan(plan) = guest.connection.await_promptly()? else {
             anyhow::bail!("a source asked for a check without saying of what");
         };
         let report = host.check(&plan.machine);
@@ -160,12 +211,17 @@ fn check(mut guest: Guest, host: &dyn TargetHost, events: TargetObserver<'_>) {
     }
 }
 
-/// Answers for an attempt that is not under way in this process: what is written down, or else a promise, written down first,
+/// Answers for an attempt that is not under way in this process: what could not be written down, what was, or else a promise, written down first,
 /// that it never will be.
-fn answer(mut guest: Guest, records: &Records) {
+fn answer(mut guest: Guest, records: &Records, unwritten: Option<&Unwritten>) {
     let mut answered = || -> Result<()> {
         let migration = guest.hello.migration;
-        let known = records.target(migration)?;
+        let by_heart = unwritten.map(|unwritten| &unwritten.record);
+        let known = match by_heart.filter(|record| record.migration == migration) {
+            Some(record) => Some(record.clone()),
+            None => records.target(migration)?,
+        };
+        let pages = known.as_ref().map_or(Pages::All, |record| record.pages);
         let status = match known.as_ref().map(|record| record.status) {
             Some(TargetStatus::Running) => TargetStatus::Running,
             Some(TargetStatus::Refused) => TargetStatus::Refused,
@@ -178,19 +234,26 @@ fn answer(mut guest: Guest, records: &Records) {
                     machine,
                     migration,
                     status: TargetStatus::Discarded,
+                    pages: Pages::All,
                     settled: false,
                 })?;
                 TargetStatus::Discarded
             }
         };
         guest.welcome()?;
-        match guest.connection.await_message(|| Ok(()))? {
+        match guest.connection.await_promptly()? {
             Message::Ask | Message::Commit(_) | Message::Abort(_) => {
                 guest.connection.send(&Message::Status(status))?
             }
             other => anyhow::bail!("a {} message came where a question belongs", other.name()),
         }
         if status == TargetStatus::Running {
+            // A source that kept pages wants to know what became of them.
+            match pages {
+                Pages::All => {}
+                Pages::Missing => guest.connection.send(&Message::Refused(LOST.into()))?,
+                Pages::Complete => guest.connection.send(&Message::Complete)?,
+            }
             settle(&mut guest, records, migration);
         }
         Ok(())
@@ -202,7 +265,12 @@ fn answer(mut guest: Guest, records: &Records) {
 
 /// Waits a little for the source's word that it knows, after it was told that the machine ran here.
 fn settle(guest: &mut Guest, records: &Records, migration: MigrationId) {
-    if let Ok(Message::Gone) = guest.connection.await_message(|| Ok(())) {
+    let until = Instant::now() + FAREWELL;
+    let in_time = || {
+        anyhow::ensure!(Instant::now() < until, "it has not said so in time");
+        Ok(())
+    };
+    if let Ok(Message::Gone) = guest.connection.await_message(in_time) {
         note_settled(records, migration);
     }
 }
@@ -251,7 +319,7 @@ fn see_off(
                 {
                     control = guest.welcome().is_ok().then_some(guest.connection);
                 }
-                Some(guest) if guest.hello.role == Role::Resolve => answer(guest, &records),
+                Some(guest) if guest.hello.role == Role::Resolve => answer(guest, &records, None),
                 Some(guest) => guest.refuse("this process runs a machine already"),
                 None => {}
             }

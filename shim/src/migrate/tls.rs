@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustls::client::WebPkiServerVerifier;
@@ -97,19 +97,93 @@ pub(super) fn handshake<C, D: SideData>(session: &mut C, socket: &mut (impl Read
 where
     C: Deref<Target = ConnectionCommon<D>> + DerefMut,
 {
-    let until = Instant::now() + CONNECT_TIMEOUT;
+    handshake_within(session, socket, CONNECT_TIMEOUT)
+}
+
+fn handshake_within<C, D: SideData>(
+    session: &mut C,
+    socket: &mut (impl Read + Write),
+    limit: Duration,
+) -> Result<()>
+where
+    C: Deref<Target = ConnectionCommon<D>> + DerefMut,
+{
+    let until = Instant::now() + limit;
     while session.is_handshaking() || session.wants_write() {
-        match session.complete_io(socket) {
-            Ok((0, 0)) => bail!("the peer hung up in the middle of it"),
+        match step(session, socket) {
+            Ok(0) => bail!("the peer hung up in the middle of it"),
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(error) => {
                 return Err(error).context("the peer was not accepted, or did not accept this side");
             }
         }
         if Instant::now() > until {
-            bail!("the peer took longer than {} s for it", CONNECT_TIMEOUT.as_secs());
+            bail!("the peer took longer than {} s for it", limit.as_secs_f32());
         }
     }
     Ok(())
+}
+
+/// One write or one read: rustls by itself goes on for as long as the peer sends anything, however little.
+fn step<C, D: SideData>(session: &mut C, socket: &mut (impl Read + Write)) -> io::Result<usize>
+where
+    C: Deref<Target = ConnectionCommon<D>> + DerefMut,
+{
+    if session.wants_write() {
+        return session.write_tls(socket);
+    }
+    let read = session.read_tls(socket)?;
+    if let Err(error) = session.process_new_packets() {
+        // The peer is told why, if it still listens.
+        let _ = session.write_tls(socket);
+        return Err(io::Error::new(io::ErrorKind::InvalidData, error));
+    }
+    Ok(read)
+}
+
+#[cfg(test)]
+mod tests {
+    use rustls::ClientConnection;
+    use rustls::pki_types::ServerName;
+
+    use super::*;
+
+    /// A peer that sends a long record, one byte after the other.
+    struct Dripping(u64);
+
+    impl Read for Dripping {
+        fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+            std::thread::sleep(Duration::from_millis(1));
+            // A handshake record of 16000 bytes.
+            buf[0] = *[22, 3, 3, 0x3e, 0x80].get(self.0 as usize).unwrap_or(&0);
+            self.0 += 1;
+            // In the end it hangs up, so that whoever waits for it without end is found out, too.
+            if self.0 > 2000 { Ok(0) } else { Ok(1) }
+        }
+    }
+
+    impl Write for Dripping {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            Ok(buf.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_peer_that_sends_byte_after_byte_does_not_keep_the_handshake_from_its_end() {
+        let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(RootCertStore::empty())
+            .with_no_client_auth();
+        let name = ServerName::try_from("a.host").expect("name");
+        let mut session = ClientConnection::new(Arc::new(config), name).expect("session");
+        let limit = Duration::from_millis(100);
+        let error = handshake_within(&mut session, &mut Dripping(0), limit).expect_err("too long");
+        assert!(format!("{error:#}").contains("took longer than"), "{error:#}");
+    }
 }

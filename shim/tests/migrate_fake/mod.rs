@@ -52,6 +52,8 @@ pub struct World {
     pub target_ram: Mutex<Option<Arc<GuestRam>>>,
     /// Pages that restoring the state reads.
     pub restore_reads: Mutex<Vec<u64>>,
+    /// What happens when the target is about to give the storage back.
+    pub before_return: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
 impl World {
@@ -67,6 +69,7 @@ impl World {
             handover: Mutex::new(HANDOVER.to_vec()),
             target_ram: Mutex::default(),
             restore_reads: Mutex::default(),
+            before_return: Mutex::default(),
         })
     }
 
@@ -420,6 +423,9 @@ impl TargetMachine for FakeTarget {
     }
 
     fn return_storage(&mut self) -> Result<()> {
+        if let Some(happens) = self.world.before_return.lock().expect("nobody panics with it").take() {
+            happens();
+        }
         self.world.may_fail("return_storage")?;
         if self.took {
             self.world.give(&[Storage::Target], Storage::Nobody)?;
