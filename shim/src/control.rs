@@ -290,7 +290,8 @@ impl Control {
     pub fn restore(self: &Arc<Self>, path: &Path) -> Result<()> {
         let host = self.host()?;
         file::restore(path, &*host)?;
-        self.arrive(&host);
+        locked(&self.awaited).machine = host.latest();
+        self.arrived.notify_all();
         Ok(())
     }
 
