@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Whence, lseek};
 use serde::{Deserialize, Serialize};
 use std::os::fd::AsFd;
 
@@ -94,6 +95,7 @@ impl Late {
             ram.pages()
         );
         ensure!(!ram.huge_pages(), "post-copy does not work with huge pages: leave one of the two out");
+        refuse_huge_pages(ram);
         discard(ram, missing)?;
         let userfault = Userfault::new()?;
         userfault.register(ram)?;
@@ -237,11 +239,36 @@ impl Late {
     }
 }
 
+/// Keeps the kernel from putting pages of the memory together to a huge one: what is missing from it would be there then, as
+/// zeroes, and nobody would wait for it.
+fn refuse_huge_pages(ram: &GuestRam) {
+    let (start, len) = (ram.page_pointer(0), ram.bytes() as usize);
+    // SAFETY: the range is the mapping, which is there for as long as `ram`; the advice changes nothing of what is in it. A
+    // kernel that does not know the advice has no such pages.
+    unsafe { libc::madvise(start.cast(), len, libc::MADV_NOHUGEPAGE) };
+}
+
+/// Makes sure that pages are not there. Those in a part of a huge page that the kernel could not split are only made zero.
+fn check_gone(ram: &GuestRam, first: u64, count: u64) -> Result<()> {
+    let at = |page: u64| (page * PAGE_BYTES as u64) as libc::off_t;
+    match lseek(ram.file(), at(first), Whence::SeekData) {
+        Err(nix::Error::ENXIO) => Ok(()),
+        Ok(data) if data >= at(first + count) => Ok(()),
+        Ok(data) => bail!(
+            "the kernel does not let go of page {} of the memory, which is missing: move the machine without post-copy",
+            data as u64 / PAGE_BYTES as u64
+        ),
+        Err(error) => Err(error).context("look whether pages that are missing are gone"),
+    }
+}
+
 /// Gives pages back to the host, in runs.
 fn discard(ram: &GuestRam, pages: &PageSet) -> Result<()> {
     let mut run: Option<(u64, u64)> = None;
-    let give =
-        |(first, count): (u64, u64)| ram.discard(first, count).context("discard pages that are missing");
+    let give = |(first, count): (u64, u64)| {
+        ram.discard(first, count).context("discard pages that are missing")?;
+        check_gone(ram, first, count)
+    };
     for page in pages.iter() {
         run = match run {
             Some((first, count)) if first + count == page => Some((first, count + 1)),
@@ -374,6 +401,39 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The flags of the memory's mapping, as in proc(5) under `VmFlags`.
+    fn flags_of(ram: &GuestRam) -> String {
+        let start = format!("{:x}-", ram.page_pointer(0) as usize);
+        let maps = std::fs::read_to_string("/proc/self/smaps").expect("read");
+        let mut lines = maps.lines().skip_while(|line| !line.starts_with(&start));
+        lines.find_map(|line| line.strip_prefix("VmFlags:")).expect("flags").to_owned()
+    }
+
+    #[test]
+    fn missing_pages_are_taken_out_of_a_memory_that_gets_no_huge_pages() {
+        if let Err(error) = Userfault::new() {
+            return eprintln!("SKIPPED: {error:#}");
+        }
+        let ram = GuestRam::new(4 << 20, false).expect("ram");
+        (0..1024).for_each(|page| ram.write_pages(page, &[1; PAGE_BYTES]));
+        assert!(!flags_of(&ram).contains(" nh"), "{}", flags_of(&ram));
+        let mut missing = PageSet::empty(ram.pages());
+        [3, 4, 700, 1023].into_iter().for_each(|page| missing.insert(page));
+        let _late = Late::new(&ram, &missing).expect("armed");
+        assert!(flags_of(&ram).contains(" nh"), "{}", flags_of(&ram));
+    }
+
+    #[test]
+    fn a_page_that_could_not_be_taken_out_is_noticed() {
+        let ram = GuestRam::new(4 << 20, false).expect("ram");
+        check_gone(&ram, 0, 1024).expect("nothing was written");
+        ram.write_pages(513, &[0; PAGE_BYTES]);
+        check_gone(&ram, 0, 513).expect("it comes after these");
+        check_gone(&ram, 514, 510).expect("it comes before these");
+        let error = check_gone(&ram, 500, 14).expect_err("it is one of these").to_string();
+        assert!(error.contains("page 513"), "{error}");
+    }
 
     #[test]
     fn percentiles_are_right_to_a_quarter() {
