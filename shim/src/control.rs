@@ -420,7 +420,7 @@ impl Control {
     /// If it can't be paused, or something else is being done with it.
     pub fn pause(self: &Arc<Self>) -> Result<VmInfo> {
         let (machine, _claim) = self.claim(Activity::Switching)?;
-        machine.pause()?;
+        machine.hold()?;
         self.info()
     }
 
@@ -430,7 +430,7 @@ impl Control {
     /// If it can't go on, or something else is being done with it.
     pub fn resume(self: &Arc<Self>) -> Result<VmInfo> {
         let (machine, _claim) = self.claim(Activity::Switching)?;
-        machine.resume()?;
+        machine.let_go()?;
         self.info()
     }
 
@@ -589,11 +589,6 @@ impl Control {
         let options = self.options(request)?;
         let storage = self.storage(&request.storage)?;
         let (machine, claim) = self.claim(Activity::Sending)?;
-        if machine.life() == Life::Paused {
-            let message =
-                "the machine is paused, and would run on the target: resume it first, or save it to a file";
-            return Err(refusal("state", message));
-        }
         let lock = source::lock(&self.state_dir, machine.name())?;
         machine.set_storage(storage);
         let (info, cancel) = self.begin(&request.to, &machine, &options, lock);

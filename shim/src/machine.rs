@@ -114,11 +114,6 @@ pub trait SourceMachine: Send + Sync {
     /// [`SourceMachine::collect_dirty`] finds all that was written. On an error the machine runs as before.
     fn pause(&self) -> Result<()>;
 
-    /// Whether it runs. One that a person has paused is not to run because something else has failed.
-    fn is_running(&self) -> bool {
-        true
-    }
-
     /// State of everything but the memory. The machine is paused.
     fn save(&self) -> Result<MachineState>;
 

@@ -65,6 +65,7 @@ fn measure(ask: &Ask<'_>, size: u64, fill: &str) -> Result<[Vec<Moved>; 3]> {
             let request = json!({"connections": 2, "compress": WAYS[index]});
             let moved = traveller.travel(&Route { wire: Wire::Unix, request })?;
             ensure!(moved.gave_up.is_none(), "an idle machine was not moved: {:?}", moved.gave_up);
+            traveller.vm("resume")?;
             traveller.verify()?;
             traveller.vm("pause")?;
             rounds[index].push(moved);

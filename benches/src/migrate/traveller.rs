@@ -193,7 +193,7 @@ impl Traveller {
             let both = process::cpu_clock(self.now.pid())? + process::cpu_clock(next.pid())?;
             Ok(both.as_secs_f64())
         };
-        let before = cpu(&next)?;
+        let (before, state) = (cpu(&next)?, self.now.state());
         self.now.send(&request)?;
         let until = Instant::now() + PATIENCE;
         let mut throttled = 0;
@@ -212,7 +212,7 @@ impl Traveller {
         let cpu_s = used - before;
         match told["state"].as_str() {
             Some("done") => {
-                next.wait_state("running", PATIENCE)?;
+                next.wait_state(&state, PATIENCE)?;
                 let mut before = std::mem::replace(&mut self.now, next);
                 let status = before.wait_end()?;
                 ensure!(status.success(), "the source ended with {status}: {}", before.log());

@@ -80,7 +80,7 @@ pub struct Restored {
 pub fn save(machine: &dyn SourceMachine, path: &Path, compression: Compression) -> Result<SaveReport> {
     ensure!(fs::symlink_metadata(path).is_err(), "{} is there already: take another name", path.display());
     let unfinished = with_suffix(path, &format!(".{}{UNFINISHED_SUFFIX}", MigrationId::new()));
-    let mut done = Done { ran: machine.is_running(), ..Done::default() };
+    let mut done = Done::default();
     machine.pause().context("pause the machine")?;
     match write(machine, path, &unfinished, compression, &mut done) {
         Ok(report) => {
@@ -103,8 +103,6 @@ pub fn save(machine: &dyn SourceMachine, path: &Path, compression: Compression) 
 /// What was done so far that has to be undone before a machine may go on.
 #[derive(Debug, Clone, Copy, Default)]
 struct Done {
-    /// It ran before.
-    ran: bool,
     /// The storage was given away, perhaps in part.
     released: bool,
     /// The file was given its name, or that was tried.
@@ -127,7 +125,7 @@ fn go_on(machine: &dyn SourceMachine, path: &Path, unfinished: &Path, done: Done
     if done.released {
         machine.reclaim_storage().context("take the storage back")?;
     }
-    if done.ran { machine.resume().context("let the machine go on") } else { Ok(()) }
+    machine.resume().context("let the machine go on")
 }
 
 fn write(
@@ -444,7 +442,7 @@ mod tests {
         let (path, unfinished) = (dir.path().join("vm"), dir.path().join("vm.unfinished"));
         let machine = Paused { ram: GuestRam::new(2 << 20, false).expect("ram"), resumed: 0.into() };
         let resumed = || machine.resumed.load(std::sync::atomic::Ordering::SeqCst);
-        let published = Done { ran: true, released: true, published: true };
+        let published = Done { released: true, published: true };
         // Published, and gone since: another has it.
         assert!(go_on(&machine, &path, &unfinished, published).is_err());
         assert_eq!(resumed(), 0);
@@ -456,10 +454,7 @@ mod tests {
         fs::write(&unfinished, "").expect("written");
         go_on(&machine, &path, &unfinished, published).expect("goes on");
         // It did not come that far.
-        go_on(&machine, &path, &unfinished, Done { ran: true, ..Done::default() }).expect("goes on");
-        assert_eq!(resumed(), 3);
-        // It was paused before.
-        go_on(&machine, &path, &unfinished, Done::default()).expect("stays as it was");
+        go_on(&machine, &path, &unfinished, Done::default()).expect("goes on");
         assert_eq!(resumed(), 3);
     }
 }

@@ -94,6 +94,8 @@ struct Switching {
     /// Devices wait for [`Machine::start_devices`], whatever is paused and goes on meanwhile: pages may be missing that their
     /// backends would not wait for.
     devices_wait: bool,
+    /// A person has paused it: it stays so until a person lets it go on, here or wherever it is by then.
+    held: bool,
 }
 
 /// What hands a machine's disks over between the daemons that serve them.
@@ -277,12 +279,35 @@ impl Machine {
         let life = self.life();
         ensure!(!life.is_over(), "the machine {} can't run: it is {}", self.name, life.name());
         switching.devices_wait |= !devices;
+        if switching.held {
+            self.life.set(Life::Paused);
+            return Ok(());
+        }
         if !switching.devices_wait {
             self.resume_devices()?;
         }
         self.vcpus.iter().for_each(|vcpu| vcpu.run());
         self.life.set(Life::Running);
         Ok(())
+    }
+
+    /// Pauses it until [`Machine::let_go`], also if it is moved, saved, or goes on after either has failed.
+    ///
+    /// # Errors
+    /// As [`SourceMachine::pause`].
+    pub fn hold(&self) -> Result<()> {
+        self.pause_all()?;
+        self.switching().held = true;
+        Ok(())
+    }
+
+    /// Lets it run, after [`Machine::hold`] too.
+    ///
+    /// # Errors
+    /// If a device can't; then nothing runs.
+    pub fn let_go(&self) -> Result<()> {
+        self.switching().held = false;
+        self.start(true)
     }
 
     /// Ends it for good: it is shut down.
@@ -385,6 +410,7 @@ impl Machine {
             self.buses.devices.len()
         );
         // Against the way that interrupts go.
+        self.switching().held = state.held;
         for (vcpu, state) in self.vcpus.iter().zip(&state.vcpus) {
             state.restore(&vcpu.fd())?;
         }
@@ -404,7 +430,8 @@ impl Machine {
         // The way that interrupts go, as [`super::state`] explains.
         let chips = ChipState::save(&self.vm)?;
         let vcpus = self.vcpus.iter().map(|vcpu| VcpuState::save(&vcpu.fd(), &self.cpu.msrs));
-        Ok(FullState { version: STATE_VERSION, vcpus: vcpus.collect::<Result<_>>()?, chips, devices })
+        let held = self.switching().held;
+        Ok(FullState { version: STATE_VERSION, vcpus: vcpus.collect::<Result<_>>()?, chips, devices, held })
     }
 
     fn set_logging(&self, on: bool) -> Result<()> {
@@ -484,10 +511,6 @@ fn make_vcpu(
 }
 
 impl SourceMachine for Machine {
-    fn is_running(&self) -> bool {
-        self.life() == Life::Running
-    }
-
     fn description(&self) -> Result<Description> {
         Ok(Description {
             name: self.name.clone(),

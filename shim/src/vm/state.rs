@@ -44,6 +44,8 @@ pub struct FullState {
     pub chips: ChipState,
     /// Serial line first, then in the order of their places.
     pub devices: Vec<DeviceState>,
+    /// A person has paused the machine.
+    pub held: bool,
 }
 
 /// One processor.

@@ -52,11 +52,22 @@ fn while_a_machine_is_sent_nothing_else_is_done_with_it() {
     assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "cancelled");
     // What was refused works at once when that is over.
     now.call("POST", "/v1/vm/pause", None).unwrap();
-    assert_refused(&now, "/v1/migration", Some(&request));
     assert_eq!(now.state(), "paused");
-    now.call("POST", "/v1/vm/resume", None).unwrap();
-    drop(next);
-    now.verify().unwrap();
+    // It stays paused where it is sent, and where it stays.
+    now.send(&json!({ "to": "unix:/nowhere" })).unwrap();
+    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "failed");
+    assert_eq!(now.state(), "paused");
+    request["bandwidth"] = Value::Null;
+    now.send(&request).unwrap();
+    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
+    next.wait_state("paused", MINUTE).unwrap();
+    let visits = |shim: &Shim| shim.report().unwrap()["vcpus"][0]["visits"].as_u64().unwrap();
+    let before = visits(&next);
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(visits(&next), before);
+    next.call("POST", "/v1/vm/resume", None).unwrap();
+    next.verify().unwrap();
+    assert!(visits(&next) > before);
 }
 
 #[test]
@@ -97,7 +108,7 @@ fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
 }
 
 #[test]
-fn a_machine_that_was_paused_stays_so_when_it_cannot_be_saved_and_runs_when_it_is_restored() {
+fn a_machine_that_was_paused_stays_so_whether_it_can_be_saved_or_not() {
     if !has_kvm() {
         return;
     }
@@ -112,7 +123,8 @@ fn a_machine_that_was_paused_stays_so_when_it_cannot_be_saved_and_runs_when_it_i
     now.call("POST", "/v1/vm/save", Some(&json!({ "path": file }))).unwrap();
     assert!(now.wait_end().unwrap().success(), "{}", now.log());
     let again = Shim::start(dir.path(), "again", "restore", &[file.display().to_string()]).unwrap();
-    again.wait_state("running", MINUTE).unwrap();
+    again.wait_state("paused", MINUTE).unwrap();
+    again.call("POST", "/v1/vm/resume", None).unwrap();
     again.verify().unwrap();
     assert!(!file.exists());
 }
