@@ -143,8 +143,8 @@ pub enum SendError {
     Unresolved(anyhow::Error),
     /// The machine runs on the target, but the pages that it still needs are here.
     #[error(
-        "the machine runs on the target and still needs pages from here, but the target cannot be reached: {0:#}; the pages \
-         are kept: ask again when it can be"
+        "the target was let run the machine before all of its pages were there, and the rest did not get there: {0:#}; they are \
+         kept here, and sent if the target is asked again"
     )]
     PostcopyInterrupted(anyhow::Error),
 }
