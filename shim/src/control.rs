@@ -1,11 +1,14 @@
 //! One process with one machine: what its API can ask of it, and the migration that is under way.
 
+mod claim;
+
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use self::claim::{Activity, Claim};
 use crate::api::{ErrorInfo, GuestRequest, MigrationInfo, STEPS, SaveRequest, SendRequest, TlsFiles, VmInfo};
 use crate::cli::args::Process;
 use crate::cli::parts::DiskArgument;
@@ -26,8 +29,6 @@ use crate::vm::machine::{Life, Machine, Storage};
 
 /// How long the test guest may take to verify everything.
 const VERIFY: Duration = Duration::from_secs(3600);
-/// How long it is waited for what is left to do when a machine has come.
-const ARRIVAL: Duration = Duration::from_millis(500);
 /// How long a question to the target, given up, may take to end.
 const QUESTION: Duration = Duration::from_secs(90);
 /// How long it may take to give up a machine that is prepared.
@@ -60,58 +61,6 @@ struct Migration {
     lock: Option<SourceLock>,
     /// What is being done that nothing else may be done beside.
     activity: Option<Activity>,
-}
-
-/// What excludes everything else that changes where a machine is, or whether it runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Activity {
-    /// It has come here; what is left of that comes to its end.
-    Arriving,
-    /// It is being sent.
-    Sending,
-    /// It is being saved to a file.
-    Saving,
-    /// It is being found out where it is.
-    Resolving,
-    /// It is being paused, resumed or stopped.
-    Switching,
-}
-
-impl Activity {
-    /// What a person is told who has to wait.
-    fn says(self) -> &'static str {
-        match self {
-            Self::Arriving => "the machine has not come here entirely: wait until its last pages are here",
-            Self::Sending => "the machine is being sent: wait, or cancel that first",
-            Self::Saving => "the machine is being saved to a file: wait until that is done",
-            Self::Resolving => "it is being found out where the machine is: wait, or cancel that first",
-            Self::Switching => "the machine is being paused, resumed or stopped: try again",
-        }
-    }
-}
-
-/// The right to be the only one that does something with the machine; over when dropped.
-struct Claim {
-    control: Option<Arc<Control>>,
-}
-
-impl Claim {
-    /// Gives the right back together with saying what came of it: who is told that may do the next thing at once.
-    fn end(mut self, migration: &mut Migration) {
-        migration.activity = None;
-        if let Some(control) = self.control.take() {
-            control.idle.notify_all();
-        }
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        if let Some(control) = self.control.take() {
-            locked(&control.migration).activity = None;
-            control.idle.notify_all();
-        }
-    }
 }
 
 /// What has come of waiting for a machine.
@@ -378,40 +327,6 @@ impl Control {
             devices: description.devices,
             exits: machine.vcpus().iter().map(|vcpu| vcpu.exits()).sum(),
         })
-    }
-
-    /// The machine, and the right to be the only one that does something with it.
-    fn claim(self: &Arc<Self>, activity: Activity) -> Result<(Arc<Machine>, Claim)> {
-        let machine = self.machine()?;
-        let until = Instant::now() + ARRIVAL;
-        let mut migration = locked(&self.migration);
-        // What is left when a machine has come is over at once, but for missing pages.
-        while migration.activity == Some(Activity::Arriving) && Instant::now() < until {
-            let wait = until.saturating_duration_since(Instant::now());
-            let waited = self.idle.wait_timeout(migration, wait);
-            migration = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
-        }
-        if let Some(other) = migration.activity {
-            return Err(refusal("busy", other.says()));
-        }
-        let unresolved = migration.info.state == "unresolved";
-        if unresolved != (activity == Activity::Resolving) {
-            let message = if unresolved {
-                "nobody knows whether the machine runs where it was sent: see `kvm-shim resolve --help`"
-            } else {
-                "there is no migration to resolve"
-            };
-            return Err(refusal(if unresolved { "busy" } else { "state" }, message));
-        }
-        let life = machine.life();
-        if life.is_over() {
-            let message =
-                format!("the machine {} is not here any more: it is {}", machine.name(), life.name());
-            return Err(refusal("state", message));
-        }
-        migration.activity = Some(activity);
-        drop(migration);
-        Ok((machine, Claim { control: Some(self.clone()) }))
     }
 
     /// `POST /v1/vm/pause`.
