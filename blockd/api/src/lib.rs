@@ -128,7 +128,7 @@ fn default_io_threads() -> u16 {
 }
 
 /// A disk that is served.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct DiskInfo {
     /// The disk's name.
     pub id: String,

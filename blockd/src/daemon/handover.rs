@@ -27,7 +27,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use blockd_api::{DiskInfo, Handover, LatencyInfo};
+use blockd_api::{DiskInfo, Handover};
 
 use super::admission::Taking;
 use super::disks::{busy, not_found, text};
@@ -72,14 +72,8 @@ impl Released {
             released: true,
             job: self.job.clone(),
             failed: None,
-            reads: 0,
-            writes: 0,
-            flushes: 0,
-            discards: 0,
-            read_bytes: 0,
-            written_bytes: 0,
-            errors: 0,
-            latency_us: LatencyInfo::default(),
+            // Nobody serves it: there is nothing to count.
+            ..DiskInfo::default()
         }
     }
 

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use blockd_api::{DiskInfo, LatencyInfo};
+use blockd_api::DiskInfo;
 
 use super::disks::{busy, text};
 use super::error::{DaemonError, Kind};
@@ -191,14 +191,8 @@ impl Broken {
             released: false,
             job: None,
             failed: Some(self.why.clone()),
-            reads: 0,
-            writes: 0,
-            flushes: 0,
-            discards: 0,
-            read_bytes: 0,
-            written_bytes: 0,
-            errors: 0,
-            latency_us: LatencyInfo::default(),
+            // Nobody serves it: there is nothing to count.
+            ..DiskInfo::default()
         }
     }
 }
