@@ -222,7 +222,15 @@ fn resolve_records(resolve: &Resolve, state_dir: &Path, json: bool) -> Result<Ex
     let runs_there = resolved == Resolved::Gone;
     if json {
         let place = if runs_there { "gone" } else { "here" };
-        print_json(&serde_json::json!({ "machine": name, "place": place, "to": last.to }))?;
+        let (to, postcopy) = (&last.to, last.postcopy);
+        print_json(&serde_json::json!({ "machine": name, "place": place, "to": to, "postcopy": postcopy }))?;
+    } else if runs_there && last.postcopy {
+        // Whether the last of them got there died with the process that sent them.
+        println!(
+            "the machine {name} was let run at {} before all of its memory was there: it runs there if the rest came before its \
+             source died, and is lost otherwise",
+            last.to
+        );
     } else if runs_there {
         println!("the machine {name} runs at {}", last.to);
     } else {
