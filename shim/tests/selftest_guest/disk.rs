@@ -23,9 +23,9 @@ pub enum Fault {
     CorruptBlock,
     /// A write is completed and never done.
     LoseWrite,
-    /// A request is completed, and some requests later once more.
+    /// A request is completed once more, in the place of another.
     CompleteTwice,
-    /// Something is completed that nobody asked for.
+    /// Something is completed that nobody asked for, in the place of a request.
     CompleteForeign,
     /// A request fails.
     FailOne,
@@ -296,13 +296,15 @@ impl SoftDisk {
         }
         put(ram, status.address, u8::from(store.takes(Fault::FailOne)));
         len += u32::from(store.takes(Fault::WrongLength));
-        completions.push((head.into(), len));
-        if store.takes(Fault::CompleteTwice) {
-            completions.push((head.into(), len));
+        // As many completions as requests: one more could be found by the used index alone.
+        let mut id = u32::from(head);
+        if let Some((earlier, _)) = completions.last()
+            && store.takes(Fault::CompleteTwice)
+        {
+            id = *earlier;
         }
-        if store.takes(Fault::CompleteForeign) {
-            completions.push((u32::from(head) + 1, len));
-        }
+        id += u32::from(store.takes(Fault::CompleteForeign));
+        completions.push((id, len));
     }
 }
 

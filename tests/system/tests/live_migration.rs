@@ -124,11 +124,7 @@ fn it_runs_on_the_target_before_its_memory_is_there() {
         next.wait_state("running", MINUTE).unwrap();
         let info = traveller.now.wait_migration(MINUTE).unwrap();
         assert_eq!(info["state"], "done", "{info}\n{}\n{}", traveller.now.log(), next.log());
-        let until = Instant::now() + MINUTE;
-        while next.migration().unwrap()["state"] != "arrived" {
-            assert!(Instant::now() < until, "{}", next.log());
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        next.wait_until("the last pages", |next| next.migration().unwrap()["state"] == "arrived");
         let arrived = next.migration().unwrap();
         println!(
             "stood still for {} us, then waited for {} pages: p50, p99 us {}",

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use system_tests::machine::{Shim, alone, has_kvm};
@@ -25,6 +25,11 @@ fn assert_refused(shim: &Shim, path: &str, body: Option<&Value>) {
     assert!(answer.is_err(), "{path}: {answer:?}");
 }
 
+/// All of its working set has been written, so that to send it takes long.
+fn wait_for_laps(shim: &Shim) {
+    shim.wait_until("laps", |shim| shim.report().unwrap()["vcpus"][0]["laps"].as_u64() >= Some(3));
+}
+
 /// Nothing that would change where the machine is, or whether it runs.
 fn assert_all_refused(shim: &Shim, dir: &Path) {
     let save = json!({ "path": dir.join("not.saved") });
@@ -44,6 +49,7 @@ fn while_a_machine_is_sent_nothing_else_is_done_with_it() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let now = start(dir.path(), "selftest,working-set=32M,rate=100M,pattern=random,fill=full");
+    wait_for_laps(&now);
     let (next, mut request) = receiver(dir.path());
     request["bandwidth"] = (4 << 20).into();
     now.send(&request).unwrap();
@@ -66,8 +72,9 @@ fn while_a_machine_is_sent_nothing_else_is_done_with_it() {
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(visits(&next), before);
     next.call("POST", "/v1/vm/resume", None).unwrap();
+    // It rests once it has verified everything.
+    next.wait_until("the guest to go on", |next| visits(next) > before);
     next.verify().unwrap();
-    assert!(visits(&next) > before);
 }
 
 #[test]
@@ -78,12 +85,7 @@ fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
     let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     let now = start(dir.path(), "selftest,working-set=48M,rate=0,pattern=random,fill=full");
-    // All of it was written before it moves, so that it takes long.
-    let until = Instant::now() + MINUTE;
-    while now.report().unwrap()["vcpus"][0]["laps"].as_u64() < Some(3) {
-        assert!(Instant::now() < until, "{}", now.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for_laps(&now);
     now.call("POST", "/v1/guest", Some(&json!({ "rate": 20_u64 << 20 }))).unwrap();
     let (next, mut request) = receiver(dir.path());
     request["bandwidth"] = (8 << 20).into();
@@ -96,11 +98,7 @@ fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
     assert!(saved.unwrap_err().to_string().contains("last pages"), "{info}");
     assert_refused(&next, "/v1/vm/pause", None);
     assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
-    let until = Instant::now() + MINUTE;
-    while next.migration().unwrap()["state"] != "arrived" {
-        assert!(Instant::now() < until, "{}", next.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    next.wait_until("the last pages", |next| next.migration().unwrap()["state"] == "arrived");
     next.verify().unwrap();
     next.call("POST", "/v1/vm/pause", None).unwrap();
     next.call("POST", "/v1/vm/resume", None).unwrap();
