@@ -155,7 +155,7 @@ fn end(child: Child) -> (Option<i32>, String, String) {
 }
 
 fn wait_for(folder: &Path, part: &str) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !names(folder).iter().any(|name| name.contains(part)) {
         assert!(Instant::now() < deadline, "no {part} in {:?}", names(folder));
         std::thread::sleep(Duration::from_millis(5));
@@ -491,7 +491,7 @@ fn whenever_it_is_killed_the_source_or_the_target_is_whole() {
             let (folder, part) = place.split_once('/').expect("a folder");
             let seen =
                 |name: &String| if part.ends_with("incomplete") { name.contains(part) } else { name == part };
-            let deadline = Instant::now() + Duration::from_secs(20);
+            let deadline = Instant::now() + Duration::from_secs(60);
             while stage.files(folder).iter().any(seen) != there && Instant::now() < deadline {
                 std::hint::spin_loop();
             }

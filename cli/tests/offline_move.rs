@@ -30,7 +30,7 @@ fn content(path: &Path) -> Vec<u8> {
 
 /// Waits for a file whose name holds `part`.
 fn wait_for(folder: &Path, part: &str) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !names(folder).iter().any(|name| name.contains(part)) {
         assert!(Instant::now() < deadline, "no {part} in {:?}", names(folder));
         std::thread::sleep(Duration::from_millis(5));

@@ -203,7 +203,7 @@ impl Guest {
     /// The next test frame that the host sent; its buffer is offered again. Others are passed over.
     fn receive(&mut self, ram: &GuestRam, device: &dyn Device) -> Vec<u8> {
         loop {
-            let done = self.receive.wait(ram, device, Duration::from_secs(10));
+            let done = self.receive.wait(ram, device, Duration::from_secs(60));
             let (slot, len) = done.expect("a frame within 10 s");
             let mut frame = vec![0; len];
             ram.memory().read_slice(&mut frame, GuestAddress(self.receive.buffer(slot))).unwrap();
@@ -247,9 +247,9 @@ fn frames_go_both_ways() {
         host.send(&number.to_be_bytes());
         assert_eq!(guest.receive(&ram, &*device)[14..18], number.to_be_bytes());
         guest.send(&ram, &*device, &frame_of(number));
-        let (_, written) = guest.send.wait(&ram, &*device, Duration::from_secs(10)).expect("a completion");
+        let (_, written) = guest.send.wait(&ram, &*device, Duration::from_secs(60)).expect("a completion");
         assert_eq!(written, 0);
-        let arrived = host.receive(TEST_TYPE, Duration::from_secs(10)).expect("a frame from the guest");
+        let arrived = host.receive(TEST_TYPE, Duration::from_secs(60)).expect("a frame from the guest");
         assert_eq!(arrived, frame_of(number));
     }
 }
@@ -281,7 +281,7 @@ fn a_paused_card_touches_nothing_and_goes_on_elsewhere() {
         host.send(&number.to_be_bytes());
         guest.receive(&ram, &*source);
         guest.send(&ram, &*source, &frame_of(number));
-        guest.send.wait(&ram, &*source, Duration::from_secs(10)).unwrap();
+        guest.send.wait(&ram, &*source, Duration::from_secs(60)).unwrap();
     }
     let mut own = PageSet::empty(ram.pages());
     source.pause().unwrap();
@@ -313,13 +313,13 @@ fn a_paused_card_touches_nothing_and_goes_on_elsewhere() {
     );
     target.resume().unwrap();
     let arrived =
-        host.receive(TEST_TYPE, Duration::from_secs(10)).expect("what was made available meanwhile");
+        host.receive(TEST_TYPE, Duration::from_secs(60)).expect("what was made available meanwhile");
     assert_eq!(arrived, frame_of(77));
-    guest.send.wait(&target_ram, &*target, Duration::from_secs(10)).unwrap();
+    guest.send.wait(&target_ram, &*target, Duration::from_secs(60)).unwrap();
     host.send(b"here");
     assert_eq!(guest.receive(&target_ram, &*target)[14..18], *b"here");
     guest.send(&target_ram, &*target, &frame_of(78));
-    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(10)).unwrap(), frame_of(78));
+    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(60)).unwrap(), frame_of(78));
     assert!(target.restore(&state).is_err(), "a card in use is not restored");
     // The source may go on instead.
     source.resume().unwrap();
@@ -365,14 +365,14 @@ fn the_network_is_told_where_the_guest_is() {
     let Some((device, tap)) = card(&ram) else { return };
     let host = Host::new(&tap);
     device.announce().unwrap();
-    let rarp = host.receive([0x80, 0x35], Duration::from_secs(5)).expect("a RARP");
+    let rarp = host.receive([0x80, 0x35], Duration::from_secs(60)).expect("a RARP");
     assert_eq!(rarp, announcement(MAC, &[])[0]);
     let mut guest = Guest::set_up(&*device, &ram);
     let address = Ipv4Addr::new(192, 0, 2, 7);
     guest.send(&ram, &*device, &announcement(MAC, &[address])[1]);
-    guest.send.wait(&ram, &*device, Duration::from_secs(10)).unwrap();
+    guest.send.wait(&ram, &*device, Duration::from_secs(60)).unwrap();
     assert_eq!(device.addresses(), [address]);
-    assert!(host.receive([8, 6], Duration::from_secs(5)).is_some(), "that was the guest's own");
+    assert!(host.receive([8, 6], Duration::from_secs(60)).is_some(), "that was the guest's own");
     let mut rounds = 0;
     eventually("an announcement after the first is over", || {
         device.announce().unwrap();
@@ -397,7 +397,7 @@ fn a_guest_whose_rings_are_broken_is_told_and_can_begin_anew() {
     eventually("the guest is told", || read32(&*device, 0x70) & 64 != 0);
     guest = Guest::set_up(&*device, &ram);
     guest.send(&ram, &*device, &frame_of(1));
-    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(10)).unwrap(), frame_of(1));
+    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(60)).unwrap(), frame_of(1));
     // Buffers that lie nowhere, in a chain that never ends.
     for (address, next) in [(u64::MAX - 5, 0u16), (0x1000, 3)] {
         let mut desc = [0; 16];
@@ -415,5 +415,5 @@ fn a_guest_whose_rings_are_broken_is_told_and_can_begin_anew() {
         guest = Guest::set_up(&*device, &ram);
     }
     guest.send(&ram, &*device, &frame_of(2));
-    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(10)).unwrap(), frame_of(2));
+    assert_eq!(host.receive(TEST_TYPE, Duration::from_secs(60)).unwrap(), frame_of(2));
 }

@@ -14,7 +14,7 @@ use shim::vm::host::DeviceMaker as _;
 /// What the guest has to read, once there are so many bytes.
 fn read(line: &SerialPort, bytes: usize) -> Vec<u8> {
     let mut read = Vec::new();
-    let until = Instant::now() + Duration::from_secs(3);
+    let until = Instant::now() + Duration::from_secs(60);
     while read.len() < bytes && Instant::now() < until {
         if line.port_read(5) & 1 != 0 {
             read.push(line.port_read(0));

@@ -110,7 +110,7 @@ fn work_on(machine: &Machine, disk: usize, requests: u64) {
         report.disks.get(disk).map(|disk| disk.reads + disk.writes)
     };
     let wanted = done().unwrap_or(0) + requests;
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     while done().is_none_or(|done| done < wanted) {
         assert!(Instant::now() < until, "{:?} {:#?}", machine.life(), guest::report(ram));
         std::thread::sleep(Duration::from_millis(1));
@@ -120,7 +120,7 @@ fn work_on(machine: &Machine, disk: usize, requests: u64) {
 fn verify(machine: &Machine) {
     let ram = SourceMachine::ram(machine);
     let number = guest::send_command(ram, Command::Verify).unwrap();
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     loop {
         let report = guest::report(ram).unwrap();
         assert!(report.mismatches == 0 && report.disk_errors == 0, "{report:#?}");

@@ -38,7 +38,7 @@ fn hello(role: Role, migration: MigrationId, secret: &str) -> Message {
 
 fn connect(address: &Address) -> Connection {
     let connector = Connector::new(address.clone(), &Security::default()).expect("connector");
-    Connection::new(connector.connect().expect("connected"), Duration::from_secs(2))
+    Connection::new(connector.connect().expect("connected"), Duration::from_secs(20))
 }
 
 fn next(connection: &mut Connection) -> anyhow::Result<Message> {
@@ -86,7 +86,7 @@ fn a_first_message_is_not_believed_to_be_long() {
             let mut stream = UnixStream::connect(&path).expect("connect");
             // Without the body: it is not waited for.
             stream.write_all(&[&before[..], &header].concat()).expect("written");
-            stream.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+            stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
             let mut answer = Vec::new();
             let _ = stream.read_to_end(&mut answer);
             assert!(String::from_utf8_lossy(&answer).contains("first message"), "{kind}: {answer:?}");
@@ -102,7 +102,7 @@ fn a_stranger_is_told_what_is_wrong() {
     let mut stream = UnixStream::connect(&path).expect("connect");
     stream.write_all(&[b'G'; HEADER_BYTES]).expect("written");
     let mut answer = Vec::new();
-    stream.set_read_timeout(Some(Duration::from_secs(2))).expect("timeout");
+    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
     let _ = stream.read_to_end(&mut answer);
     assert!(String::from_utf8_lossy(&answer).contains("does not speak this protocol"), "{answer:?}");
     let mut newer = connect(&target.address);
@@ -195,11 +195,12 @@ fn scripted(dir: &Path, script: impl FnOnce(&Listener) + Send + 'static) -> Addr
 }
 
 fn accept(listener: &Listener) -> Connection {
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + Duration::from_secs(60);
     loop {
         assert!(Instant::now() < until);
         if let Some(arrival) = listener.accept().expect("accepts") {
-            let mut connection = Connection::new(arrival.establish().expect("plain"), Duration::from_secs(5));
+            let mut connection =
+                Connection::new(arrival.establish().expect("plain"), Duration::from_secs(60));
             assert!(matches!(next(&mut connection).expect("hello"), Message::Hello(_)));
             return connection;
         }
@@ -219,7 +220,7 @@ fn up_to_the_first_round(listener: &Listener, answers: Vec<Message>) {
         control.send(&answer).expect("sent");
     }
     // Stays, so that it is not the end of the connection that the source notices.
-    std::thread::sleep(Duration::from_secs(4));
+    std::thread::sleep(Duration::from_secs(60));
 }
 
 #[test]
@@ -248,7 +249,7 @@ fn a_source_goes_on_whatever_a_target_answers() {
                     matches!(error, SendError::Failed(_)) && error.to_string().contains(part),
                     "{part}: {error}"
                 );
-                assert!(begun.elapsed() < Duration::from_secs(4));
+                assert!(begun.elapsed() < Duration::from_secs(30));
                 source.assert_untouched();
                 world.assert_rules_kept();
             });
@@ -315,7 +316,7 @@ fn a_target_whose_process_died_when_prepared_never_runs_the_machine() {
                         let mut unpacker = shim::migrate::batch::Unpacker::new();
                         let end = loop {
                             use shim::migrate::connection::Parcel;
-                            let parcel = pages.receive_parcel(Duration::from_secs(2), ram, &mut unpacker);
+                            let parcel = pages.receive_parcel(Duration::from_secs(20), ram, &mut unpacker);
                             if let Some(Parcel::Message(Message::RoundEnd(end))) = parcel.expect("pages") {
                                 break end;
                             }

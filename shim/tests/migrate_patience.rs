@@ -129,7 +129,7 @@ fn a_source_learns_that_its_machine_had_all_pages_when_the_target_died() {
         return eprintln!("SKIPPED: there is no /dev/userfaultfd");
     }
     let (world, dir, source, mut options) = cut_at(24, Cut::Before, true);
-    let until = Instant::now() + Duration::from_secs(5);
+    let until = Instant::now() + Duration::from_secs(60);
     let records = Records::open(&dir.path().join("target")).expect("records");
     let last = shim::migrate::last_attempt(&options.state_dir, "vm one").expect("read").expect("there");
     let record = || records.target(last.migration).expect("read").expect("there");
@@ -250,7 +250,7 @@ fn a_target_that_is_only_alive_does_not_hold_a_source_that_is_told_to_stop() {
                     });
                     std::thread::sleep(Duration::from_millis(200));
                     cancel.cancel();
-                    let until = Instant::now() + Duration::from_secs(10);
+                    let until = Instant::now() + Duration::from_secs(60);
                     while !over.load(SeqCst) {
                         // Who is held cannot be joined either.
                         if Instant::now() > until {

@@ -275,7 +275,7 @@ fn a_source_that_died_with_missing_pages_does_not_let_the_target_run() {
     proxy.heal();
     let resolved = shim::migrate::resolve(None, "vm one", &options, Resolve::Ask, &CancelToken::new());
     assert_eq!(resolved.expect("resolved"), Resolved::Here);
-    let until = Instant::now() + Duration::from_secs(2);
+    let until = Instant::now() + Duration::from_secs(60);
     while Instant::now() < until && world.runs() != '-' {
         std::thread::sleep(Duration::from_millis(10));
     }

@@ -228,7 +228,7 @@ impl Queue {
         let call = device.calls().remove(usize::from(self.index));
         self.submit(ram, 0, kind, block);
         self.kick(ram, &**device);
-        let done = self.wait(ram, &call, Duration::from_secs(10)).expect("a completion within 10 s");
+        let done = self.wait(ram, &call, Duration::from_secs(60)).expect("a completion within a minute");
         assert_eq!(done.slot, 0);
         done.status
     }
@@ -350,7 +350,7 @@ impl Load {
     fn wait(&mut self, ram: &GuestRam, calls: &[EventFd]) {
         let Some(q) = (0..self.queues.len()).find(|q| !self.queues[*q].in_flight.is_empty()) else { return };
         let index = usize::from(self.queues[q].index);
-        let done = self.queues[q].wait(ram, &calls[index], Duration::from_secs(20));
+        let done = self.queues[q].wait(ram, &calls[index], Duration::from_secs(60));
         let in_flight = &self.queues[q].in_flight;
         let done = done.unwrap_or_else(|| panic!("queue {q}: nothing in 20 s, in flight are {in_flight:?}"));
         self.check(ram, q, done);

@@ -74,7 +74,7 @@ impl Daemon {
     /// Starts it (again) and waits until it serves.
     pub fn restart(&mut self) {
         self.spawn();
-        let until = Instant::now() + Duration::from_secs(20);
+        let until = Instant::now() + Duration::from_secs(60);
         while UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < until, "blockd does not serve:\n{}", self.log());
             std::thread::sleep(Duration::from_millis(5));
@@ -133,9 +133,9 @@ pub fn device(daemon: &Daemon, queues: u16, ram: &Arc<GuestRam>) -> Arc<BlkDevic
 
 /// Waits until something holds, which has to be soon.
 pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
+    let until = Instant::now() + Duration::from_secs(60);
     while !holds() {
-        assert!(Instant::now() < until, "not within 20 s: {what}");
+        assert!(Instant::now() < until, "not within a minute: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -534,7 +534,7 @@ impl Target {
 
     /// Waits until something happened.
     pub fn await_event(&self, what: impl Fn(&TargetEvent) -> bool) {
-        let until = Instant::now() + Duration::from_secs(10);
+        let until = Instant::now() + Duration::from_secs(60);
         while !self.events.lock().expect("nobody panics with it").iter().any(&what) {
             assert!(Instant::now() < until, "{:?}", self.events.lock().expect("nobody panics with it"));
             std::thread::sleep(Duration::from_millis(5));

@@ -18,7 +18,7 @@ use shim::memory::GuestRam;
 use crate::disk::SoftDisk;
 
 /// Longest wait for anything the guest is to do.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Whether machines can run here; says so if not.
 pub fn kvm() -> Option<Kvm> {

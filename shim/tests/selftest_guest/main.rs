@@ -245,7 +245,7 @@ fn a_panic_of_the_program_is_told() {
     assert!(real > 512 && real < 1536, "the parameters have changed: {real}");
     machine.ram.memory().write_obj(u64::MAX, pages).unwrap();
     machine.run();
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + machine::PATIENCE;
     let wrong = |ring: &Ring| *ring == Ring { reason: RingReason::Wrong, vcpu: 1 };
     while !machine.rings().iter().any(wrong) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));

@@ -51,7 +51,7 @@ fn discard_here_and_there(disk: &dyn Image) {
     }
     let took = start.elapsed();
     println!("{took:?} for 200 discards");
-    assert!(took < Duration::from_secs(2), "{took:?} for 200 discards");
+    assert!(took < Duration::from_secs(20), "{took:?} for 200 discards");
 }
 
 #[test]

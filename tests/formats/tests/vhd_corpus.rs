@@ -45,7 +45,7 @@ fn real_images_read_as_their_makers_software_reads_them() {
                 continue;
             }
         };
-        assert!(begun.elapsed() < Duration::from_secs(1), "{path}: opening took {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(10), "{path}: opening took {:?}", begun.elapsed());
         assert!(parents.is_empty(), "{path} needs a parent");
         assert_eq!(image.geometry().virtual_size.to_string(), *size, "{path}");
         if image.geometry().virtual_size <= 1 << 30 {
@@ -155,7 +155,7 @@ fn hostile_images_are_refused_or_contained() {
         let writing = open(&sim, false, false).map(drop);
         let reading = open(&sim, true, true);
         let took = begun.elapsed();
-        assert!(took < Duration::from_secs(1), "{name}: took {took:?}");
+        assert!(took < Duration::from_secs(10), "{name}: took {took:?}");
         let now = sim.reads();
         assert!(now.1 - read_bytes < 1 << 20 && now.0 - reads < 1000, "{name}: read too much: {now:?}");
         let (to_write, to_read) = owed(name);

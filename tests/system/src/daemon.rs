@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
-use crate::http;
+use crate::{PATIENCE, http};
 
 /// An image to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -181,7 +181,7 @@ struct Watchdog {
 }
 
 /// More than any test takes.
-const LIFETIME: Duration = Duration::from_secs(300);
+const LIFETIME: Duration = Duration::from_secs(900);
 
 impl Watchdog {
     fn start() -> Self {
@@ -292,7 +292,7 @@ impl Daemon {
         self.watchdog.pid.store(0, Ordering::Relaxed);
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + PATIENCE;
         loop {
             if let Some(status) = child.try_wait()? {
                 return Ok(status.success());
@@ -377,7 +377,7 @@ impl Daemon {
     }
 
     fn wait_ready(&mut self) -> Result<()> {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + PATIENCE;
         loop {
             let is_ready = match self.program {
                 Program::Reference => self.disks.iter().all(|disk| self.socket(&disk.id).exists()),

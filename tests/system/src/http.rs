@@ -3,15 +3,16 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+
+use crate::PATIENCE;
 
 /// Sends a request; returns the status and the body.
 pub fn call(socket: &Path, method: &str, path: &str, body: Option<&str>) -> Result<(u16, String)> {
     let mut stream =
         UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
     let body = body.unwrap_or("");
     let head = format!(
         "{method} {path} HTTP/1.1\r\nHost: blockd\r\nConnection: close\r\nContent-Type: application/json\r\n\

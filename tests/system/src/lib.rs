@@ -47,6 +47,9 @@ pub use memory::{DirtyLog, GuestMemory};
 pub use ring::{Request, Ring};
 pub use running::RunningLoad;
 
+/// How long a test waits for what has to come: more than a busy machine takes. Nothing is asked of how fast it comes.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
 /// The seed of a test's random choices: its own number, changed by `$BLOCKD_TEST_SEED`.
 pub fn seed(own: u64) -> u64 {
     let more = std::env::var("BLOCKD_TEST_SEED").ok().and_then(|text| text.parse::<u64>().ok()).unwrap_or(0);

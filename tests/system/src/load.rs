@@ -12,6 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::PATIENCE;
 use crate::front::{Base, F_DISCARD, F_FLUSH, F_WRITE_ZEROES, FrontEnd};
 use crate::histogram::Histogram;
 use crate::model::{Model, SECTOR, stamp};
@@ -82,7 +83,7 @@ impl LoadOptions {
             buffers_per_request: 1,
             base: Base::Used,
             history: false,
-            patience: Duration::from_secs(30),
+            patience: PATIENCE,
         }
     }
 }

@@ -10,10 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::daemon::binary;
-use crate::http;
-
-/// How long a process may take to answer for the first time, or to end.
-const PATIENCE: Duration = Duration::from_secs(30);
+use crate::{PATIENCE, http};
 
 /// Whether machines can run here; says that the test is skipped where they can't.
 pub fn has_kvm() -> bool {
@@ -159,9 +156,9 @@ impl Shim {
         Ok(())
     }
 
-    /// Waits up to a minute until something is true of it.
+    /// Waits until something is true of it, for [`PATIENCE`] at most.
     pub fn wait_until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
-        let until = Instant::now() + Duration::from_secs(60);
+        let until = Instant::now() + PATIENCE;
         while !is_so(self) {
             assert!(Instant::now() < until, "waited in vain for {what}: {}", self.log());
             std::thread::sleep(Duration::from_millis(5));

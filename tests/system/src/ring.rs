@@ -597,12 +597,12 @@ impl Ring {
     /// Submits, kicks and waits for this one request.
     ///
     /// # Panics
-    /// When the ring has no room, another request completes, or nothing does within ten seconds.
+    /// When the ring has no room, another request completes, or nothing does within a minute.
     pub fn run(&mut self, request: &Request<'_>) -> Completion {
         let token = self.submit(request).expect("room in the ring");
         self.kick();
-        let done = self.wait(Duration::from_secs(10));
-        let done = done.unwrap_or_else(|| panic!("no completion of {request:?} within 10 s"));
+        let done = self.wait(Duration::from_secs(60));
+        let done = done.unwrap_or_else(|| panic!("no completion of {request:?} within a minute"));
         assert_eq!(done.token, token, "another request was completed");
         done
     }

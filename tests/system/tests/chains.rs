@@ -14,12 +14,12 @@ use blockd_api::{
 use formats::{CreateOptions, Format, OpenOptions};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::Program;
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Options, RunningLoad, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// The reference knows no chains.
 fn is_reference() -> bool {
@@ -56,7 +56,7 @@ impl Bench {
         let load = bench.load(seed);
         for _ in 1..images {
             bench.snapshot();
-            load.wait_requests(300, MINUTE).unwrap();
+            load.wait_requests(300, PATIENCE).unwrap();
         }
         assert_eq!(bench.chain().len(), images as usize);
         (bench, load)
@@ -103,7 +103,7 @@ impl Bench {
     }
 
     fn done(&self, job: &Job) -> Job {
-        let done = self.daemon.wait_job(&job.job, MINUTE, |job| job.state == "done").unwrap();
+        let done = self.daemon.wait_job(&job.job, PATIENCE, |job| job.state == "done").unwrap();
         assert!(done.error.is_none(), "{done:?}");
         done
     }
@@ -162,10 +162,10 @@ fn the_newest_image_is_merged_into_its_parent_while_the_guest_writes() {
             (bench.chain(), job.target[0].as_str()),
             (before[1..].to_vec(), before[1].to_str().unwrap())
         );
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         let again = bench.done(&bench.merge(None));
         assert_eq!(bench.chain(), before[2..]);
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         println!("{kind:?}: {} KiB copied, then {} KiB", job.bytes_copied >> 10, again.bytes_copied >> 10);
         bench.finish(load);
     }
@@ -182,7 +182,7 @@ fn several_images_are_merged_into_one_that_is_named() {
         bench.done(&bench.merge(Some(&before[3])));
         assert_eq!(bench.chain(), before[3..]);
         assert!(before[..3].iter().all(|file| !file.exists()), "what was merged is deleted");
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         bench.finish(load);
     }
 }
@@ -199,19 +199,19 @@ fn a_merge_that_was_cancelled_leaves_the_chain_and_the_next_one_succeeds() {
             let request =
                 MergeRequest { bandwidth: Some(1 << 20), verify: "full".into(), ..MergeRequest::default() };
             let job: Job = bench.daemon.call("POST", "/v1/disks/disk/merge", Some(&request)).unwrap();
-            bench.daemon.wait_job(&job.job, MINUTE, |job| job.bytes_copied > 0).unwrap();
+            bench.daemon.wait_job(&job.job, PATIENCE, |job| job.bytes_copied > 0).unwrap();
             bench.daemon.job_verb(&job.job, "cancel").unwrap();
-            let job = bench.daemon.wait_job(&job.job, MINUTE, Job::is_over).unwrap();
+            let job = bench.daemon.wait_job(&job.job, PATIENCE, Job::is_over).unwrap();
             assert_eq!(job.state, "cancelled", "{job:?}");
             assert_eq!(bench.chain(), before);
-            load.wait_requests(200, MINUTE).unwrap();
+            load.wait_requests(200, PATIENCE).unwrap();
             bench.snapshot();
-            load.wait_requests(200, MINUTE).unwrap();
+            load.wait_requests(200, PATIENCE).unwrap();
         }
         let before = bench.chain();
         bench.done(&bench.merge(Some(before.last().unwrap())));
         assert_eq!(bench.chain(), before[before.len() - 1..]);
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
         bench.finish(load);
     }
 }
@@ -234,17 +234,17 @@ fn the_daemons_death_during_merges_loses_nothing() {
                 bench.daemon.kill9();
                 kills += 1;
                 bench.daemon.restart().unwrap();
-                if load.wait_reconnects(kills, MINUTE).is_err() {
+                if load.wait_reconnects(kills, PATIENCE).is_err() {
                     load.stop().unwrap();
                     unreachable!("the load had failed");
                 }
             }
-            let ended = bench.daemon.wait_job(&job.job, MINUTE, Job::is_over).unwrap();
+            let ended = bench.daemon.wait_job(&job.job, PATIENCE, Job::is_over).unwrap();
             assert_eq!(ended.state, "done", "the merge goes on after the restart: {ended:?}");
             assert_eq!(bench.chain().len(), 1);
-            load.wait_requests(100, MINUTE).unwrap();
+            load.wait_requests(100, PATIENCE).unwrap();
             bench.snapshot();
-            load.wait_requests(300, MINUTE).unwrap();
+            load.wait_requests(300, PATIENCE).unwrap();
         }
         let load = bench.finish(load);
         println!("{kind:?}: {kills} kills: {}", load.counts());
@@ -272,16 +272,16 @@ fn a_chain_moves_to_a_folder_in_either_format_and_stays_a_chain() {
         assert_eq!(after.len(), 4);
         assert!(after.iter().all(|file| file.starts_with(&folder)), "{after:?}");
         assert!(job.source_deleted && before.iter().all(|file| !file.exists()));
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         let moved: u64 = after.iter().map(|file| file_space(file)).sum();
         println!("{from:?} to {to:?}: {} KiB became {} KiB", sizes >> 10, moved >> 10);
         // And a chain that was moved takes snapshots and merges as any other.
         bench.kind = to;
         bench.snapshot();
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
         let chain = bench.chain();
         bench.done(&bench.merge(Some(&chain[2])));
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
         bench.finish(load);
     }
 }
@@ -297,7 +297,7 @@ fn a_disk_that_has_grown_keeps_its_size_and_content_when_it_is_merged() {
         let new_size = SIZE + (48 << 20);
         let request = ResizeRequest { size_bytes: new_size, shrink: false };
         let _: Resized = bench.daemon.call("POST", "/v1/disks/disk/resize", Some(&request)).unwrap();
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         // Beyond the end that the parents have.
         let model = load.stop().unwrap().model;
         let front = FrontEnd::start(&bench.daemon.socket("disk"), Options::default()).unwrap();
@@ -307,11 +307,11 @@ fn a_disk_that_has_grown_keeps_its_size_and_content_when_it_is_merged() {
         beyond.run_requests(1500).unwrap();
         let beyond = beyond.spawn();
         bench.done(&bench.merge(None));
-        beyond.wait_requests(300, MINUTE).unwrap();
+        beyond.wait_requests(300, PATIENCE).unwrap();
         assert_eq!((bench.disk().size_bytes, bench.chain()), (new_size, before[1..].to_vec()));
         bench.done(&bench.merge(None));
         assert_eq!((bench.disk().size_bytes, bench.chain()), (new_size, before[2..].to_vec()));
-        beyond.wait_requests(300, MINUTE).unwrap();
+        beyond.wait_requests(300, PATIENCE).unwrap();
         beyond.stop().unwrap().verify_all().unwrap();
     }
 }
@@ -344,7 +344,7 @@ fn each_file_of_a_chain_goes_where_it_is_told_and_a_shared_base_stays() {
             "{after:?}"
         );
         assert!(!before[0].exists() && !before[1].exists() && before[2].exists());
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         bench.finish(load);
     }
 }
@@ -383,7 +383,7 @@ fn a_flattened_chain_is_one_image_and_its_parents_stay() {
         bench.done(&job);
         assert_eq!(bench.chain(), [target]);
         assert!(!before[0].exists() && before[1].exists() && before[2].exists());
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         bench.finish(load);
     }
 }
@@ -398,21 +398,21 @@ fn a_move_of_a_chain_pauses_and_is_cancelled_while_its_parents_are_copied() {
     let folder = bench.folder();
     let request = bench.request(&folder, Image::DynamicVhdx, |r| r.bandwidth = Some(1 << 20));
     let job = bench.daemon.start_move(&request).unwrap();
-    bench.daemon.wait_job(&job.job, MINUTE, |job| job.bytes_copied > 0).unwrap();
+    bench.daemon.wait_job(&job.job, PATIENCE, |job| job.bytes_copied > 0).unwrap();
     bench.daemon.job_verb(&job.job, "pause").unwrap();
-    bench.daemon.wait_job(&job.job, MINUTE, |job| job.state == "paused").unwrap();
+    bench.daemon.wait_job(&job.job, PATIENCE, |job| job.state == "paused").unwrap();
     std::thread::sleep(Duration::from_millis(200));
     let copied = bench.daemon.job(&job.job).unwrap().bytes_copied;
-    load.wait_requests(300, MINUTE).unwrap();
+    load.wait_requests(300, PATIENCE).unwrap();
     assert_eq!(bench.daemon.job(&job.job).unwrap().bytes_copied, copied, "nothing is copied while paused");
     bench.daemon.job_verb(&job.job, "cancel").unwrap();
-    let over = bench.daemon.wait_job(&job.job, MINUTE, Job::is_over).unwrap();
+    let over = bench.daemon.wait_job(&job.job, PATIENCE, Job::is_over).unwrap();
     assert_eq!(over.state, "cancelled", "{over:?}");
     assert_eq!(bench.chain(), before);
     assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0, "what was made is removed");
     let job = bench.daemon.start_move(&bench.request(&folder, Image::DynamicVhdx, |_| ())).unwrap();
     bench.done(&job);
-    load.wait_requests(300, MINUTE).unwrap();
+    load.wait_requests(300, PATIENCE).unwrap();
     bench.finish(load);
 }
 
@@ -434,16 +434,16 @@ fn the_daemons_death_during_moves_of_a_chain_loses_nothing() {
             bench.daemon.kill9();
             kills += 1;
             bench.daemon.restart().unwrap();
-            if load.wait_reconnects(kills, MINUTE).is_err() {
+            if load.wait_reconnects(kills, PATIENCE).is_err() {
                 load.stop().unwrap();
                 unreachable!("the load had failed");
             }
         }
-        let ended = bench.daemon.wait_job(&job.job, MINUTE, Job::is_over).unwrap();
+        let ended = bench.daemon.wait_job(&job.job, PATIENCE, Job::is_over).unwrap();
         assert_eq!(ended.state, "done", "the move goes on after the restart: {ended:?}");
         let chain = bench.chain();
         assert!(chain.len() == 3 && chain.iter().all(|file| file.starts_with(&folder)), "{chain:?}");
-        load.wait_requests(100, MINUTE).unwrap();
+        load.wait_requests(100, PATIENCE).unwrap();
     }
     let load = bench.finish(load);
     println!("{kills} kills: {}", load.counts());

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::{DiskSpec, Program, in_memory};
 use system_tests::{Base, Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
 
 const SIZE: u64 = 128 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// The reference has no in-flight tracking, and loses requests here.
 fn is_reference() -> bool {
@@ -55,7 +55,7 @@ fn survive_kills_in(folder: &Path, kind: Image, kills: u64, base: Base) {
     let load = start_load(&daemon, 2, options).spawn();
     let start = Instant::now();
     for kill in 1..=kills {
-        let reached = load.wait_requests(random.random_range(20..400), MINUTE);
+        let reached = load.wait_requests(random.random_range(20..400), PATIENCE);
         if reached.is_err() {
             break;
         }
@@ -65,7 +65,7 @@ fn survive_kills_in(folder: &Path, kind: Image, kills: u64, base: Base) {
             std::thread::sleep(Duration::from_millis(50));
         }
         daemon.restart().unwrap();
-        if load.wait_reconnects(kill, MINUTE).is_err() {
+        if load.wait_reconnects(kill, PATIENCE).is_err() {
             break;
         }
     }
@@ -117,7 +117,7 @@ fn the_daemon_may_die_while_it_starts() {
     let options = LoadOptions { depth: 16, ..LoadOptions::new(32, SECTORS) };
     let load = start_load(&daemon, 2, options).spawn();
     for _ in 0..20 {
-        if load.wait_requests(100, MINUTE).is_err() {
+        if load.wait_requests(100, PATIENCE).is_err() {
             break;
         }
         daemon.kill9();
@@ -127,7 +127,7 @@ fn the_daemon_may_die_while_it_starts() {
         }
         daemon.restart().unwrap();
     }
-    let _ = load.wait_requests(100, MINUTE);
+    let _ = load.wait_requests(100, PATIENCE);
     // An error tells what went wrong.
     let mut load = load.stop().unwrap();
     load.verify_all().unwrap();
@@ -177,12 +177,12 @@ fn a_daemon_that_is_asked_to_end_leaves_a_clean_image_and_comes_back() {
         let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
         let load = start_load(&daemon, 2, LoadOptions::new(34, SECTORS)).spawn();
         for round in 1..=5 {
-            load.wait_requests(300, MINUTE).unwrap();
+            load.wait_requests(300, PATIENCE).unwrap();
             assert!(daemon.terminate().unwrap(), "the daemon failed at its end");
             // No log to replay, no footer to mend: another program opens it at once.
             kind.check(&daemon.disks()[0].image).unwrap();
             daemon.restart().unwrap();
-            load.wait_reconnects(round, MINUTE).unwrap();
+            load.wait_reconnects(round, PATIENCE).unwrap();
         }
         let mut load = load.stop().unwrap();
         load.verify_all().unwrap();

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use blockd_api::{Handover, Job, MergeRequest, MoveRequest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::{DiskSpec, Program};
 use system_tests::{Base, Daemon, FrontEnd, Image, LoadOptions, Options, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
 const AT_ONCE: Duration = Duration::ZERO;
 
 /// The reference hands nothing over.
@@ -75,7 +75,7 @@ fn hand_over(pair: &Pair, load: &mut VerifiedLoad, from: usize) -> Duration {
 /// The guest goes on at the other daemon, which knows nothing of the connection so far.
 fn go_on(pair: &Pair, load: &mut VerifiedLoad, at: usize) {
     load.front.inflight = None;
-    load.front.go_on_at(&pair.daemons[at].socket("disk"), MINUTE).unwrap();
+    load.front.go_on_at(&pair.daemons[at].socket("disk"), PATIENCE).unwrap();
 }
 
 fn there_and_back(kind: Image) {
@@ -144,7 +144,7 @@ fn a_disk_that_was_taken_back_goes_on_for_the_front_end_that_comes_back() {
     let back = pair.daemons[0].reclaim("disk").unwrap();
     assert_eq!((back.generation, back.released), (handover.generation, false));
     // The same memory, rings and in-flight region, by the same socket.
-    load.front.reconnect(Base::Used, MINUTE).unwrap();
+    load.front.reconnect(Base::Used, PATIENCE).unwrap();
     load.run_requests(500).unwrap();
     load.verify_all().unwrap();
     let refused = pair.daemons[1].take_over(&handover).unwrap_err().to_string();
@@ -207,7 +207,7 @@ fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_ha
         let refused = daemon.release("disk", AT_ONCE).unwrap_err().to_string();
         assert!(refused.contains("synced") && refused.contains("switch it over"), "{refused}");
         daemon.job_verb(&job.job, "switch").unwrap();
-        let handover = daemon.release("disk", MINUTE).unwrap();
+        let handover = daemon.release("disk", PATIENCE).unwrap();
         let released = begun.elapsed();
         assert_eq!(Path::new(&handover.image), target);
         pair.daemons[1].take_over(&handover).unwrap();
@@ -215,7 +215,7 @@ fn a_move_that_is_synced_is_switched_while_the_guest_is_paused_and_its_target_ha
         go_on(&pair, &mut load, 1);
         load.run_requests(500).unwrap();
         load.verify_all().unwrap();
-        let done = daemon.wait_job(&job.job, MINUTE, |job| job.is_over()).unwrap();
+        let done = daemon.wait_job(&job.job, PATIENCE, |job| job.is_over()).unwrap();
         assert!(done.state == "done" && done.source_deleted && !Path::new(&source).exists(), "{done:?}");
         println!(
             "{from:?} to {to:?}: released after {released:.1?}, taken over after {took:.1?}; {:?}",
@@ -318,7 +318,7 @@ fn a_disk_that_merges_into_an_image_that_another_daemon_had_held_stays_its_own()
     assert!(pair.daemons[1].disk("disk").unwrap().image.ends_with("/disk.vhdx"));
     load.drain().unwrap();
     pair.daemons[1].restart().unwrap();
-    load.front.reconnect(Base::Used, MINUTE).unwrap();
+    load.front.reconnect(Base::Used, PATIENCE).unwrap();
     load.run_requests(200).unwrap();
     hand_over(&pair, &mut load, 1);
     load.verify_all().unwrap();
@@ -362,7 +362,7 @@ fn a_disk_in_use_is_released_by_force_alone_and_its_requests_in_flight_go_on_els
         let handover: Handover = here.call("POST", "/v1/disks/disk/release?force=true", None::<&()>).unwrap();
         there.take_over(&handover).unwrap();
         load.poll().unwrap();
-        load.front.go_on_at(&there.socket("disk"), MINUTE).unwrap();
+        load.front.go_on_at(&there.socket("disk"), PATIENCE).unwrap();
     }
     load.run_requests(200).unwrap();
     load.verify_all().unwrap();
@@ -468,7 +468,7 @@ fn a_disk_is_released_while_its_move_still_tidies_up_behind_it() {
         let reader = read_locked(&base);
         let begun = Instant::now();
         pair.daemons[0].job_verb(&job.job, "switch").unwrap();
-        let handover = pair.daemons[0].release("disk", MINUTE).unwrap();
+        let handover = pair.daemons[0].release("disk", PATIENCE).unwrap();
         let released = begun.elapsed();
         let state = pair.daemons[0].job(&job.job).unwrap().state;
         pair.daemons[1].take_over(&handover).unwrap();

@@ -4,10 +4,9 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use system_tests::PATIENCE;
 use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// A daemon with a disk, and a machine on it that moves from process to process.
 struct Traveller {
@@ -45,9 +44,9 @@ impl Traveller {
         let (next, listen) = self.receiver(&[]);
         request["to"] = listen.into();
         self.now.send(&request).unwrap();
-        let info = self.now.wait_migration(MINUTE).unwrap();
+        let info = self.now.wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "done", "{info}\n{}\n{}", self.now.log(), next.log());
-        next.wait_state("running", MINUTE).unwrap();
+        next.wait_state("running", PATIENCE).unwrap();
         let mut before = std::mem::replace(&mut self.now, next);
         assert!(before.wait_end().unwrap().success(), "{}", before.log());
         info
@@ -121,8 +120,8 @@ fn it_runs_on_the_target_before_its_memory_is_there() {
         let (next, listen) = traveller.receiver(&[]);
         let request = json!({ "to": listen, "postcopy": true, "bandwidth": 60_u64 << 20, "downtime_ms": 50 });
         traveller.now.send(&request).unwrap();
-        next.wait_state("running", MINUTE).unwrap();
-        let info = traveller.now.wait_migration(MINUTE).unwrap();
+        next.wait_state("running", PATIENCE).unwrap();
+        let info = traveller.now.wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "done", "{info}\n{}\n{}", traveller.now.log(), next.log());
         next.wait_until("the last pages", |next| next.migration().unwrap()["state"] == "arrived");
         let arrived = next.migration().unwrap();

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use system_tests::PATIENCE;
 use system_tests::daemon::DiskSpec;
 use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
 
-const MINUTE: Duration = Duration::from_secs(60);
 const GUEST: &str = "selftest,working-set=8M,rate=50M,depth=16,disk-range=4M,flush-every=32";
 
 /// Disks of the guest.
@@ -36,7 +36,7 @@ fn assert_works(shim: &Shim) {
         assert!(report["mismatches"] == 0 && report["disk_errors"] == 0, "{report}");
         [0, 1].map(|disk: usize| report["disks"][disk]["writes"].as_u64().unwrap_or(0))
     };
-    let (before, until) = (done(), Instant::now() + MINUTE);
+    let (before, until) = (done(), Instant::now() + PATIENCE);
     while done().iter().zip(before).any(|(now, before)| *now < before + 100) {
         assert!(Instant::now() < until, "{}", shim.log());
         std::thread::sleep(Duration::from_millis(5));
@@ -69,7 +69,7 @@ fn a_disk_that_is_smaller_on_the_target_or_not_there_leaves_the_machine_with_the
         }
         let (target, listen) = receive(&format!("target{attempt}"), &smaller);
         source.send(&json!({ "to": listen, "downtime_ms": 500, "postcopy": postcopy })).unwrap();
-        let info = source.wait_migration(MINUTE).unwrap();
+        let info = source.wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "failed", "{info}\n{}", target.log());
         let error = info["error"].as_str().unwrap();
         println!("{error}");
@@ -81,10 +81,10 @@ fn a_disk_that_is_smaller_on_the_target_or_not_there_leaves_the_machine_with_the
     // And a target that has both is no worse for what happened before.
     let (target, listen) = receive("target4", &here);
     source.send(&json!({ "to": listen, "downtime_ms": 500 })).unwrap();
-    let info = source.wait_migration(MINUTE).unwrap();
+    let info = source.wait_migration(PATIENCE).unwrap();
     assert_eq!(info["state"], "done", "{info}\n{}\n{}", source.log(), target.log());
     println!("stood still for {} us", info["downtime_us"]);
-    target.wait_state("running", MINUTE).unwrap();
+    target.wait_state("running", PATIENCE).unwrap();
     assert_works(&target);
     target.verify().unwrap();
 }

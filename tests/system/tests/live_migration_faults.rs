@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
+use system_tests::PATIENCE;
 use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image};
 
-const MINUTE: Duration = Duration::from_secs(60);
 const GUEST: &str =
     "selftest,working-set=32M,rate=200M,pattern=random,depth=16,disk-range=16M,flush-every=32";
 
@@ -80,9 +80,9 @@ impl Place {
     fn move_on(&mut self, now: &mut Shim) {
         let (next, request) = self.receiver("root");
         now.send(&request).unwrap();
-        let info = now.wait_migration(MINUTE).unwrap();
+        let info = now.wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "done", "{info}\n{}\n{}", now.log(), next.log());
-        next.wait_state("running", MINUTE).unwrap();
+        next.wait_state("running", PATIENCE).unwrap();
         let mut before = std::mem::replace(now, next);
         assert!(before.wait_end().unwrap().success(), "{}", before.log());
     }
@@ -90,7 +90,7 @@ impl Place {
 
 /// Any moment of a migration that has begun, two times out of three one about its commit.
 fn wait_for_a_moment(place: &Place, source: &Shim, random: &mut ChaCha8Rng) {
-    let until = Instant::now() + MINUTE;
+    let until = Instant::now() + PATIENCE;
     match random.random_range(0..3) {
         0 => std::thread::sleep(Duration::from_micros(random.random_range(0..150_000))),
         1 => {
@@ -136,7 +136,7 @@ fn assert_works(shim: &Shim) {
         )
     };
     let before = done(&assert_sound(shim));
-    let until = Instant::now() + MINUTE;
+    let until = Instant::now() + PATIENCE;
     loop {
         let now = done(&assert_sound(shim));
         if now.0 > before.0 + 100 && now.1 > before.1 + 100 {
@@ -171,11 +171,11 @@ fn the_death_of_the_target_at_any_moment_leaves_the_machine_where_it_is() {
             std::thread::sleep(Duration::from_secs(1));
             let _ = now.call("POST", "/v1/migration/cancel", None);
         }
-        let info = now.wait_migration(MINUTE * 2).unwrap();
+        let info = now.wait_migration(PATIENCE * 2).unwrap();
         match info["state"].as_str().unwrap() {
             "failed" => {
                 stayed += 1;
-                now.wait_state("running", MINUTE).unwrap();
+                now.wait_state("running", PATIENCE).unwrap();
             }
             "done" => {
                 went += 1;
@@ -195,7 +195,7 @@ fn the_death_of_the_target_at_any_moment_leaves_the_machine_where_it_is() {
                     let retry = scope.spawn(|| now.call("POST", "/v1/migration/retry", None));
                     std::thread::sleep(Duration::from_millis(random.random_range(0..50)));
                     now.call("POST", "/v1/migration/resume-here", None).unwrap();
-                    now.wait_state("running", MINUTE).unwrap();
+                    now.wait_state("running", PATIENCE).unwrap();
                     assert!(retry.join().unwrap().is_err());
                 });
             }
@@ -226,7 +226,7 @@ fn the_death_of_the_source_leaves_the_machine_on_one_side_or_none_and_the_disk_w
         now.send(&request).unwrap();
         wait_for_a_moment(&place, &now, &mut random);
         now.kill9();
-        let until = Instant::now() + MINUTE;
+        let until = Instant::now() + PATIENCE;
         let handed_over = place.noted("outgoing-vm.json").contains("handed-over");
         loop {
             // It may not have noticed yet that its source is dead.
@@ -252,7 +252,7 @@ fn the_death_of_the_source_leaves_the_machine_on_one_side_or_none_and_the_disk_w
                     let_go += 1;
                     place.assert_not_startable(&next);
                     assert!(place.resolve_records("--retry").contains("runs at"));
-                    next.wait_state("running", MINUTE).unwrap();
+                    next.wait_state("running", PATIENCE).unwrap();
                     assert_works(&next);
                     next.verify().unwrap();
                     break;
@@ -261,7 +261,7 @@ fn the_death_of_the_source_leaves_the_machine_on_one_side_or_none_and_the_disk_w
                     given_up += 1;
                     assert!(next.call("POST", "/v1/vm/stop", None).is_err());
                     next.call("POST", "/v1/migration/discard", None).unwrap();
-                    next.wait_state("waiting", MINUTE).unwrap();
+                    next.wait_state("waiting", PATIENCE).unwrap();
                     assert!(place.resolve_records("--retry").contains("may be started here"));
                     break;
                 }
@@ -301,16 +301,16 @@ fn a_move_that_is_cancelled_at_any_moment_has_never_been() {
         now.send(&request).unwrap();
         std::thread::sleep(Duration::from_micros(random.random_range(0..300_000)));
         let asked = now.call("POST", "/v1/migration/cancel", None);
-        let info = now.wait_migration(MINUTE).unwrap();
+        let info = now.wait_migration(PATIENCE).unwrap();
         if info["state"] == "done" {
-            next.wait_state("running", MINUTE).unwrap();
+            next.wait_state("running", PATIENCE).unwrap();
             now.wait_end().unwrap();
             now = next;
         } else {
             assert!(asked.is_ok(), "{asked:?}");
             assert_eq!(info["state"], "cancelled", "{info}");
             cancelled += 1;
-            now.wait_state("running", MINUTE).unwrap();
+            now.wait_state("running", PATIENCE).unwrap();
         }
         assert_works(&now);
     }
@@ -334,7 +334,7 @@ fn a_guest_that_writes_too_fast_makes_the_move_give_up_in_time_and_slowing_it_do
     request["downtime_ms"] = 50.into();
     request["timeout_ms"] = 3000.into();
     now.send(&request).unwrap();
-    let info = now.wait_migration(MINUTE).unwrap();
+    let info = now.wait_migration(PATIENCE).unwrap();
     assert_eq!(info["state"], "failed", "{info}");
     println!("{}", info["error"].as_str().unwrap());
     assert_works(&now);
@@ -343,10 +343,10 @@ fn a_guest_that_writes_too_fast_makes_the_move_give_up_in_time_and_slowing_it_do
     request["downtime_ms"] = 100.into();
     request["auto_converge"] = true.into();
     now.send(&request).unwrap();
-    let info = now.wait_migration(MINUTE * 2).unwrap();
+    let info = now.wait_migration(PATIENCE * 2).unwrap();
     assert_eq!(info["state"], "done", "{info}");
     println!("slowed down by up to {} %, {} rounds", info["throttle_percent"], info["round"]);
-    next.wait_state("running", MINUTE).unwrap();
+    next.wait_state("running", PATIENCE).unwrap();
     assert_works(&next);
     next.verify().unwrap();
 }
@@ -371,14 +371,14 @@ fn the_disks_daemon_may_die_while_the_machine_runs_and_while_it_moves() {
         std::thread::sleep(Duration::from_millis(100));
         place.daemon.kill9();
         place.daemon.restart().unwrap();
-        let info = now.wait_migration(MINUTE).unwrap();
+        let info = now.wait_migration(PATIENCE).unwrap();
         println!("{} {}", info["state"], info["error"]);
         if info["state"] == "done" {
-            next.wait_state("running", MINUTE).unwrap();
+            next.wait_state("running", PATIENCE).unwrap();
             now.wait_end().unwrap();
             now = next;
         } else {
-            now.wait_state("running", MINUTE).unwrap();
+            now.wait_state("running", PATIENCE).unwrap();
         }
         assert_works(&now);
     }
@@ -402,7 +402,7 @@ fn what_stands_in_the_way_is_said_before_anything_moves() {
     assert_eq!(report["findings"][0]["kind"], "device", "{report}");
     let before = visits(&now);
     now.send(&request).unwrap();
-    let info = now.wait_migration(MINUTE).unwrap();
+    let info = now.wait_migration(PATIENCE).unwrap();
     assert_eq!(info["state"], "failed", "{info}");
     assert!(info["error"].as_str().unwrap().contains("serial=root"), "{info}");
     assert_works(&now);
@@ -411,7 +411,7 @@ fn what_stands_in_the_way_is_said_before_anything_moves() {
     // Nobody listens, and what is asked for is none.
     let nobody = json!({ "to": format!("unix:{}/nobody", place.folder.path().display()) });
     now.send(&nobody).unwrap();
-    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "failed");
+    assert_eq!(now.wait_migration(PATIENCE).unwrap()["state"], "failed");
     for wrong in [json!({ "to": "" }), json!({ "to": "unix:/x", "compress": "paper" }), json!({ "t": 1 })] {
         assert!(now.send(&wrong).is_err(), "{wrong}");
     }

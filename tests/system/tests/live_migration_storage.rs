@@ -13,11 +13,11 @@ use shim::cli::parts::DiskArgument;
 use shim::storage::{Releases, Takes};
 use shim::vm::host::TakeStorage as _;
 use shim::vm::machine::Storage as _;
+use system_tests::PATIENCE;
 use system_tests::daemon::DiskSpec;
 use system_tests::machine::{Shim, alone, has_kvm};
 use system_tests::{Daemon, Image, http};
 
-const MINUTE: Duration = Duration::from_secs(60);
 const GUEST: &str = "selftest,working-set=24M,rate=100M,depth=16,disk-range=16M,flush-every=32";
 
 const BOTH: [&str; 2] = ["disk", "data"];
@@ -96,9 +96,9 @@ impl Hosts {
     fn travel(&mut self, storage: &str) -> Value {
         let (next, listen) = self.receiver(1 - self.at);
         self.now().send(&json!({ "to": listen, "storage": storage, "downtime_ms": 500 })).unwrap();
-        let info = self.now().wait_migration(MINUTE).unwrap();
+        let info = self.now().wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "done", "{info}\n{}\n{}", self.now().log(), next.log());
-        next.wait_state("running", MINUTE).unwrap();
+        next.wait_state("running", PATIENCE).unwrap();
         let mut before = self.now.replace(next).unwrap();
         assert!(before.wait_end().unwrap().success(), "{}", before.log());
         assert!(
@@ -118,7 +118,7 @@ impl Hosts {
             disks.iter().map(|disk| disk["writes"].as_u64().unwrap()).collect::<Vec<_>>()
         };
         let before = done();
-        let until = std::time::Instant::now() + MINUTE;
+        let until = std::time::Instant::now() + PATIENCE;
         while std::iter::zip(done(), &before).any(|(now, before)| now < before + 200) {
             assert!(
                 std::time::Instant::now() < until,
@@ -148,7 +148,7 @@ fn move_disk(daemon: &Daemon, to: &Path) -> Job {
     let request = json!({ "disks": ["disk"], "to": to.display().to_string(), "switch": "manual" });
     let request: MoveRequest = serde_json::from_value(request).unwrap();
     let job = daemon.start_move(&request).unwrap();
-    daemon.wait_job(&job.job, MINUTE, |job| job.state == "synced").unwrap()
+    daemon.wait_job(&job.job, PATIENCE, |job| job.state == "synced").unwrap()
 }
 
 #[test]
@@ -191,7 +191,7 @@ fn a_mirrored_disk_is_committed_while_the_machine_stands_still() {
         let served: PathBuf = hosts.daemons[hosts.at].disk("disk").unwrap().image.into();
         assert_eq!(served, target);
         hosts.assert_works();
-        let until = std::time::Instant::now() + MINUTE;
+        let until = std::time::Instant::now() + PATIENCE;
         while source.exists() {
             assert!(
                 std::time::Instant::now() < until,
@@ -217,7 +217,7 @@ fn a_target_whose_daemon_is_away_gives_the_machine_and_its_disk_back() {
     let (next, listen) = hosts.receiver(1);
     hosts.daemons[1].kill9();
     hosts.now().send(&json!({ "to": listen, "storage": "release" })).unwrap();
-    let info = hosts.now().wait_migration(MINUTE).unwrap();
+    let info = hosts.now().wait_migration(PATIENCE).unwrap();
     assert_eq!(info["state"], "failed", "{info}");
     println!("{}", info["error"].as_str().unwrap());
     assert_eq!(next.state(), "waiting");
@@ -270,7 +270,7 @@ fn a_machine_whose_disks_are_not_released_goes_on_where_it_is() {
         let last = ids.last().unwrap();
         let fence = spoil_fence(hosts.folder.path(), &format!("{last}.vhdx"));
         hosts.now().send(&json!({ "to": listen, "storage": "release" })).unwrap();
-        let info = hosts.now().wait_migration(MINUTE).unwrap();
+        let info = hosts.now().wait_migration(PATIENCE).unwrap();
         let error = info["error"].as_str().unwrap();
         assert!(info["state"] == "failed" && error.contains(&format!("release the disk {last}")), "{info}");
         assert_eq!(hosts.now().state(), "running");
@@ -299,7 +299,7 @@ fn a_machine_of_which_the_target_took_only_one_disk_goes_on_with_both_where_it_w
     for _ in 0..2 {
         hosts.assert_works();
         hosts.now().send(&json!({ "to": listen, "storage": "release" })).unwrap();
-        let info = hosts.now().wait_migration(MINUTE).unwrap();
+        let info = hosts.now().wait_migration(PATIENCE).unwrap();
         assert_eq!(info["state"], "failed", "{info}");
         assert!(next.log().contains("nowhere.sock"), "{}", next.log());
         assert_eq!(hosts.now().state(), "running");

@@ -210,7 +210,7 @@ fn a_million_requests_survive_new_ring_addresses_all_the_time() {
             last = Instant::now();
         } else {
             assert!(
-                last.elapsed() < Duration::from_secs(10),
+                last.elapsed() < Duration::from_secs(60),
                 "lost: {submitted} submitted, {completed} completed"
             );
             std::thread::yield_now();

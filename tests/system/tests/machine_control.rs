@@ -5,9 +5,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use system_tests::PATIENCE;
 use system_tests::machine::{Shim, alone, has_kvm};
-
-const MINUTE: Duration = Duration::from_secs(60);
 
 fn start(dir: &Path, guest: &str) -> Shim {
     let arguments = ["--memory", "64M", "--guest", guest].map(str::to_owned);
@@ -55,18 +54,18 @@ fn while_a_machine_is_sent_nothing_else_is_done_with_it() {
     now.send(&request).unwrap();
     assert_all_refused(&now, dir.path());
     now.call("POST", "/v1/migration/cancel", None).unwrap();
-    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "cancelled");
+    assert_eq!(now.wait_migration(PATIENCE).unwrap()["state"], "cancelled");
     // What was refused works at once when that is over.
     now.call("POST", "/v1/vm/pause", None).unwrap();
     assert_eq!(now.state(), "paused");
     // It stays paused where it is sent, and where it stays.
     now.send(&json!({ "to": "unix:/nowhere" })).unwrap();
-    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "failed");
+    assert_eq!(now.wait_migration(PATIENCE).unwrap()["state"], "failed");
     assert_eq!(now.state(), "paused");
     request["bandwidth"] = Value::Null;
     now.send(&request).unwrap();
-    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
-    next.wait_state("paused", MINUTE).unwrap();
+    assert_eq!(now.wait_migration(PATIENCE).unwrap()["state"], "done");
+    next.wait_state("paused", PATIENCE).unwrap();
     let visits = |shim: &Shim| shim.report().unwrap()["vcpus"][0]["visits"].as_u64().unwrap();
     let before = visits(&next);
     std::thread::sleep(Duration::from_millis(100));
@@ -91,13 +90,13 @@ fn a_machine_whose_pages_are_still_on_their_way_is_only_looked_at() {
     request["bandwidth"] = (8 << 20).into();
     request["postcopy"] = true.into();
     now.send(&request).unwrap();
-    next.wait_state("running", MINUTE).unwrap();
+    next.wait_state("running", PATIENCE).unwrap();
     let file = json!({ "path": dir.path().join("not.saved") });
     let (saved, info) = (next.call("POST", "/v1/vm/save", Some(&file)), next.migration().unwrap());
     assert_eq!(info["state"], "arriving", "nothing was asked in time");
     assert!(saved.unwrap_err().to_string().contains("last pages"), "{info}");
     assert_refused(&next, "/v1/vm/pause", None);
-    assert_eq!(now.wait_migration(MINUTE).unwrap()["state"], "done");
+    assert_eq!(now.wait_migration(PATIENCE).unwrap()["state"], "done");
     next.wait_until("the last pages", |next| next.migration().unwrap()["state"] == "arrived");
     next.verify().unwrap();
     next.call("POST", "/v1/vm/pause", None).unwrap();
@@ -121,7 +120,7 @@ fn a_machine_that_was_paused_stays_so_whether_it_can_be_saved_or_not() {
     now.call("POST", "/v1/vm/save", Some(&json!({ "path": file }))).unwrap();
     assert!(now.wait_end().unwrap().success(), "{}", now.log());
     let again = Shim::start(dir.path(), "again", "restore", &[file.display().to_string()]).unwrap();
-    again.wait_state("paused", MINUTE).unwrap();
+    again.wait_state("paused", PATIENCE).unwrap();
     again.call("POST", "/v1/vm/resume", None).unwrap();
     again.verify().unwrap();
     assert!(!file.exists());

@@ -11,12 +11,12 @@ use std::time::{Duration, Instant};
 use blockd_api::{Job, JobSettings, MoveRequest};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::{DiskSpec, Program, in_memory};
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Options, RunningLoad, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// The reference has another way of moving.
 fn is_reference() -> bool {
@@ -88,7 +88,7 @@ impl Bench {
     }
 
     fn wait(&self, job: &Job, what: impl Fn(&Job) -> bool) -> Job {
-        self.daemon.wait_job(&job.job, MINUTE, what).unwrap()
+        self.daemon.wait_job(&job.job, PATIENCE, what).unwrap()
     }
 
     fn wait_done(&self, job: &Job) -> Job {
@@ -137,7 +137,7 @@ fn move_there_and_on(from: Image, mirror: &str) {
         let job = bench.wait_done(&job);
         load.mark("after");
         let took = start.elapsed();
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         assert_eq!(bench.image(), Path::new(&request.to));
         assert!(job.source_deleted && !source.exists(), "the source is deleted");
         assert_eq!(job.verified, "full");
@@ -198,7 +198,7 @@ fn fixed_images_move_too() {
         let request = bench.request(to, |_| ());
         let job = bench.daemon.start_move(&request).unwrap();
         bench.wait_done(&job);
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         bench.finish(load, to);
     }
 }
@@ -218,14 +218,14 @@ fn a_manual_switch_waits_until_it_is_told() {
         });
         let job = bench.daemon.start_move(&request).unwrap();
         bench.wait(&job, |job| job.state == "synced");
-        load.wait_requests(2000, MINUTE).unwrap();
+        load.wait_requests(2000, PATIENCE).unwrap();
         let waiting = bench.daemon.job(&job.job).unwrap();
         assert_eq!(waiting.state, "synced", "{waiting:?}");
         assert_eq!(bench.image(), source, "the source is the disk until the switch");
         bench.daemon.job_verb(&job.job, "switch").unwrap();
         let job = bench.wait_done(&job);
         assert_eq!(bench.image(), Path::new(&request.to));
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         let load = bench.finish(load, Image::DynamicVhd);
         println!("switched by hand, mirror {mirror}: {:?}; {}", job.switch, load.counts());
     }
@@ -251,7 +251,7 @@ fn a_move_pauses_resumes_and_keeps_to_its_bandwidth() {
     bench.wait(&job, |job| job.state == "paused");
     std::thread::sleep(Duration::from_millis(300));
     let before = bench.daemon.job(&job.job).unwrap().bytes_copied;
-    load.wait_requests(500, MINUTE).unwrap();
+    load.wait_requests(500, PATIENCE).unwrap();
     assert_eq!(bench.daemon.job(&job.job).unwrap().bytes_copied, before, "nothing is copied while paused");
     bench.daemon.job_verb(&job.job, "resume").unwrap();
     let settings = JobSettings { bandwidth: Some(0), ..JobSettings::default() };
@@ -259,7 +259,7 @@ fn a_move_pauses_resumes_and_keeps_to_its_bandwidth() {
     let start = Instant::now();
     bench.wait_done(&job);
     println!("without a limit it took {:.1?} more", start.elapsed());
-    load.wait_requests(300, MINUTE).unwrap();
+    load.wait_requests(300, PATIENCE).unwrap();
     bench.finish(load, Image::DynamicVhd);
 }
 
@@ -280,19 +280,19 @@ fn a_cancelled_move_leaves_the_source_and_no_trace_and_the_next_one_succeeds() {
             });
             let job = bench.daemon.start_move(&request).unwrap();
             bench.wait(&job, |job| if synced { job.state == "synced" } else { job.bytes_copied > 1 << 20 });
-            load.wait_requests(200, MINUTE).unwrap();
+            load.wait_requests(200, PATIENCE).unwrap();
             bench.daemon.job_verb(&job.job, "cancel").unwrap();
             let ended = bench.wait(&job, Job::is_over);
             assert_eq!(ended.state, "cancelled", "{ended:?}");
             assert_eq!(bench.image(), source);
             assert!(!Path::new(&request.to).exists() && leftovers(bench.daemon.dir()).is_empty());
-            load.wait_requests(200, MINUTE).unwrap();
+            load.wait_requests(200, PATIENCE).unwrap();
         }
     }
     let request = bench.request(Image::Raw, |_| ());
     let job = bench.daemon.start_move(&request).unwrap();
     bench.wait_done(&job);
-    load.wait_requests(200, MINUTE).unwrap();
+    load.wait_requests(200, PATIENCE).unwrap();
     let load = bench.finish(load, Image::Raw);
     println!("4 cancelled, the fifth done; {}", load.counts());
 }
@@ -312,7 +312,7 @@ fn a_disk_moves_again_and_again() {
         let request = bench.request(to, |r| r.mirror = ["after-copy", "from-start"][round % 2].into());
         let job = bench.daemon.start_move(&request).unwrap();
         bench.wait_done(&job);
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
     }
     assert_eq!(
         bench.daemon.disk("disk").unwrap().generation,
@@ -380,10 +380,10 @@ fn a_disk_moves_out_of_memory_and_back() {
                 r.mirror = mirror.into();
             });
             bench.wait_done(&bench.daemon.start_move(&request).unwrap());
-            load.wait_requests(500, MINUTE).unwrap();
+            load.wait_requests(500, PATIENCE).unwrap();
             let back = bench.request(to, |r| r.mirror = mirror.into());
             bench.wait_done(&bench.daemon.start_move(&back).unwrap());
-            load.wait_requests(500, MINUTE).unwrap();
+            load.wait_requests(500, PATIENCE).unwrap();
         }
         bench.finish(load, to);
     }
@@ -423,7 +423,7 @@ fn a_copy_is_of_one_point_in_time_and_the_disk_stays() {
         });
         let job = bench.daemon.start_move(&request).unwrap();
         bench.wait(&job, |job| job.state == "synced");
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
         // The moment: nothing is in flight, so the copy has to hold exactly this.
         let mut load = load.stop().unwrap();
         bench.daemon.job_verb(&job.job, "switch").unwrap();
@@ -452,7 +452,7 @@ fn a_copy_that_ends_by_itself_mixes_no_times() {
         });
         let job = bench.daemon.start_move(&request).unwrap();
         bench.wait_done(&job);
-        load.wait_requests(300, MINUTE).unwrap();
+        load.wait_requests(300, PATIENCE).unwrap();
     }
     let mut load = load.stop().unwrap();
     load.verify_all().unwrap();
@@ -490,13 +490,13 @@ fn a_target_without_space_pauses_the_move_and_not_the_guest() {
         println!("{to:?}: paused: {}: {}", error.kind, error.message);
         assert_eq!(error.kind, "no-space");
         assert_eq!(bench.image(), source);
-        load.wait_requests(500, MINUTE).unwrap();
+        load.wait_requests(500, PATIENCE).unwrap();
         std::fs::remove_file(&hog).unwrap();
         bench.daemon.job_verb(&job.job, "resume").unwrap();
         let settings = JobSettings { bandwidth: Some(0), ..JobSettings::default() };
         let _: Job = bench.daemon.call("PATCH", &format!("/v1/jobs/{}", job.job), Some(&settings)).unwrap();
         bench.wait_done(&job);
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
         // Back to where there is room, for the next format.
         let request = bench.request(Image::Raw, |r| r.to = source.display().to_string());
         let job = bench.daemon.start_move(&request).unwrap();
@@ -555,7 +555,7 @@ fn survive_kills(formats: [Image; 2], mirror: &str, rounds: u64) {
             bench.daemon.kill9();
             kills += 1;
             bench.daemon.restart().unwrap();
-            if load.wait_reconnects(kills, MINUTE).is_err() {
+            if load.wait_reconnects(kills, PATIENCE).is_err() {
                 load.stop().unwrap();
                 unreachable!("the load had failed");
             }
@@ -565,7 +565,7 @@ fn survive_kills(formats: [Image; 2], mirror: &str, rounds: u64) {
         at = to;
         assert_eq!(bench.image(), Path::new(&request.to));
         assert!(leftovers(bench.daemon.dir()).is_empty());
-        load.wait_requests(100, MINUTE).unwrap();
+        load.wait_requests(100, PATIENCE).unwrap();
     }
     let load = bench.finish(load, formats[at]);
     println!("{rounds} moves, killed in {killed_in:?}, mirror {mirror}: {}", load.counts());
@@ -605,7 +605,7 @@ fn front_ends_come_and_go_while_a_disk_moves() {
         });
         let job = bench.daemon.start_move(&request).unwrap();
         let (mut rounds, mut stops) = (0, 0);
-        let until = Instant::now() + MINUTE;
+        let until = Instant::now() + PATIENCE;
         while !bench.daemon.job(&job.job).unwrap().is_over() {
             assert!(Instant::now() < until, "the move does not end");
             load.run_requests(150).unwrap();
@@ -639,13 +639,13 @@ fn a_daemon_that_is_asked_to_end_goes_on_with_its_move_when_it_is_back() {
         });
         let job = bench.daemon.start_move(&request).unwrap();
         for end in 1..=3 {
-            load.wait_requests(300, MINUTE).unwrap();
+            load.wait_requests(300, PATIENCE).unwrap();
             assert!(bench.daemon.terminate().unwrap(), "the daemon failed at its end");
             bench.daemon.restart().unwrap();
-            load.wait_reconnects(end, MINUTE).unwrap();
+            load.wait_reconnects(end, PATIENCE).unwrap();
         }
         bench.wait_done(&job);
-        load.wait_requests(100, MINUTE).unwrap();
+        load.wait_requests(100, PATIENCE).unwrap();
         let load = bench.finish(load, Image::DynamicVhd);
         println!("3 ends during a move, mirror {mirror}: {}", load.counts());
     }
@@ -666,8 +666,8 @@ fn a_paused_move_survives_the_daemons_death() {
     bench.wait(&job, |job| job.state == "paused");
     bench.daemon.kill9();
     bench.daemon.restart().unwrap();
-    load.wait_reconnects(1, MINUTE).unwrap();
-    load.wait_requests(300, MINUTE).unwrap();
+    load.wait_reconnects(1, PATIENCE).unwrap();
+    load.wait_requests(300, PATIENCE).unwrap();
     let after = bench.daemon.job(&job.job).unwrap();
     println!("after the restart it is {}", after.state);
     assert_eq!(bench.image(), source);

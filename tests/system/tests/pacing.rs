@@ -6,14 +6,14 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use blockd_api::{Job, JobSettings, MoveRequest};
+use system_tests::PATIENCE;
 use system_tests::daemon::Program;
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, RunningLoad, VerifiedLoad};
 
 const SIZE: u64 = 12 << 20;
-const MINUTE: Duration = Duration::from_secs(60);
 /// The rate to which a budget slows a move down, in bytes a second.
 const FLOOR: f64 = (8 << 20) as f64;
 /// No request takes less time.
@@ -52,7 +52,7 @@ impl Bench {
     }
 
     fn wait(&self, job: &Job, what: impl Fn(&Job) -> bool) -> Job {
-        self.daemon.wait_job(&job.job, MINUTE, what).unwrap()
+        self.daemon.wait_job(&job.job, PATIENCE, what).unwrap()
     }
 
     /// A move from its start to its end, and how long it took.
@@ -64,7 +64,7 @@ impl Bench {
     }
 
     fn finish(mut self, load: RunningLoad) {
-        load.wait_requests(200, MINUTE).unwrap();
+        load.wait_requests(200, PATIENCE).unwrap();
         let mut load = load.stop().unwrap();
         load.verify_all().unwrap();
         let image = PathBuf::from(self.daemon.disk("disk").unwrap().image);
@@ -122,7 +122,7 @@ fn a_budget_outlives_the_daemon() {
     bench.wait(&job, |job| job.bytes_copied > 0);
     bench.daemon.kill9();
     bench.daemon.restart().unwrap();
-    load.wait_reconnects(1, MINUTE).unwrap();
+    load.wait_reconnects(1, PATIENCE).unwrap();
     let again = bench.wait(&job, |job| job.bytes_copied > 0);
     assert_eq!(again.max_guest_p99_us, Some(TINY_US));
     bench.daemon.job_verb(&job.job, "cancel").unwrap();

@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::Program;
 use system_tests::guest::{Guest, GuestOptions, Setup};
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
 
 const SIZE: u64 = 64 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
-const SOON: Duration = Duration::from_secs(10);
 
 fn is_reference() -> bool {
     let is = Daemon::program() == Program::Reference;
@@ -41,21 +40,21 @@ fn a_disk_grows_while_its_guest_writes_and_the_guest_is_told() {
         let mut daemon = Daemon::with_disk(kind, SIZE, 2).unwrap();
         let options = LoadOptions { rate: Some(5000.0), max_sectors: 32, ..LoadOptions::new(71, SECTORS) };
         let load = start_load(&daemon, options).spawn();
-        load.wait_requests(1000, MINUTE).unwrap();
+        load.wait_requests(1000, PATIENCE).unwrap();
         load.mark("resizing");
         let mut size = SIZE;
         for _ in 0..10 {
             size += 8 << 20;
             let resized = daemon.resize("disk", size, false).unwrap();
             assert_eq!((resized.disk.size_bytes, resized.guest_told), (size, true), "{kind:?}");
-            load.wait_requests(300, MINUTE).unwrap();
+            load.wait_requests(300, PATIENCE).unwrap();
         }
         let mut load = load.stop().unwrap();
         for (phase, histogram) in load.phases() {
             println!("{kind:?}, {phase}: {histogram}");
         }
         for _ in 0..10 {
-            assert!(load.front.config_changed(SOON).unwrap(), "told each time");
+            assert!(load.front.config_changed(PATIENCE).unwrap(), "told each time");
         }
         assert_eq!(load.front.config().unwrap().capacity, size / 512);
         load.verify_all().unwrap();
@@ -121,7 +120,7 @@ fn the_daemons_death_while_a_disk_grows_leaves_one_size_or_the_other_and_all_the
         // How long the daemon lives at most after it was asked, in microseconds: aims at the middle of its work.
         let mut reach = 20_000;
         for _ in 0..15 {
-            if load.wait_requests(100, MINUTE).is_err() {
+            if load.wait_requests(100, PATIENCE).is_err() {
                 break;
             }
             let wanted = size + (1 << 20) * random.random_range(1..9);
@@ -168,13 +167,13 @@ fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
         let options =
             GuestOptions { cpus: 2, queues: 2, rounds: 1000, ..GuestOptions::new("guest", "files") };
         let mut guest = Guest::start(&setup, daemon.dir(), &daemon.socket("disk"), &options).unwrap();
-        guest.wait_for("round 1", 2 * MINUTE).unwrap();
+        guest.wait_for("round 1", 2 * PATIENCE).unwrap();
         let mut size = SIZE;
         for n in 0..3 {
             size += 8 << 20;
             let resized = daemon.resize("disk", size, false).unwrap();
             assert!(resized.guest_told, "QEMU listens");
-            guest.wait_for(&format!("resized sectors={}", size / 512), MINUTE).unwrap();
+            guest.wait_for(&format!("resized sectors={}", size / 512), PATIENCE).unwrap();
             let child = daemon.dir().join(format!("child-{n}.{}", kind.name()));
             daemon.snapshot("disk", &child).unwrap();
             next_round(&mut guest);
@@ -185,9 +184,9 @@ fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
         }
         guest.tell_to_stop().unwrap();
         // The guest has compared its files, checked its file system, and read the disk to its new end.
-        guest.wait_for("device ", 2 * MINUTE).unwrap();
-        guest.wait_for("PASS", MINUTE).unwrap();
-        guest.wait_end(MINUTE).unwrap();
+        guest.wait_for("device ", 2 * PATIENCE).unwrap();
+        guest.wait_for("PASS", PATIENCE).unwrap();
+        guest.wait_end(PATIENCE).unwrap();
         assert!(!guest.said().contains("I/O error"));
         let disk = daemon.disk("disk").unwrap();
         assert_eq!((disk.chain.len(), disk.size_bytes, disk.errors), (4, size, 0));
@@ -197,5 +196,5 @@ fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
 
 fn next_round(guest: &mut Guest) {
     let rounds = guest.said().lines().filter(|line| line.starts_with("GUEST: round")).count();
-    guest.wait_for(&format!("round {}", rounds + 1), MINUTE).unwrap();
+    guest.wait_for(&format!("round {}", rounds + 1), PATIENCE).unwrap();
 }

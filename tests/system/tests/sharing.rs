@@ -1,15 +1,13 @@
 //! Live moves on a file system that can share blocks share them, and lose nothing of what the guest writes meanwhile.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
-use std::time::Duration;
-
 use blockd_api::MoveRequest;
 use formats_tests::Xfs;
+use system_tests::PATIENCE;
 use system_tests::daemon::Program;
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, VerifiedLoad};
 
 const SIZE: u64 = 48 << 20;
-const MINUTE: Duration = Duration::from_secs(60);
 
 /// Moves a disk that is much written to, beside a guest of this many requests a second. Answers by how much that made the file
 /// system fuller, and what the source takes.
@@ -27,11 +25,11 @@ fn moved(xfs: &Xfs, kind: Image, rate: f64) -> (u64, u64) {
     let to = daemon.dir().join(format!("moved.{}", kind.name()));
     let request = serde_json::json!({ "disks": ["disk"], "to": to, "keep_source": true });
     let job = daemon.start_move(&serde_json::from_value::<MoveRequest>(request).unwrap()).unwrap();
-    daemon.wait_job(&job.job, MINUTE, |job| job.state == "done").unwrap();
+    daemon.wait_job(&job.job, PATIENCE, |job| job.state == "done").unwrap();
     let taken = xfs.used().unwrap().saturating_sub(empty);
 
     load.set_rate(None);
-    load.wait_requests(500, MINUTE).unwrap();
+    load.wait_requests(500, PATIENCE).unwrap();
     let mut load = load.stop().unwrap();
     load.verify_all().unwrap();
     assert!(daemon.terminate().unwrap(), "the daemon failed at its end");

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use system_tests::PATIENCE;
 use system_tests::daemon::Program;
 use system_tests::ring::{FLUSH, IO_ERROR, OK, READ, WRITE};
 use system_tests::{Daemon, FrontEnd, Image, LoadOptions, Mix, Options, Request, VerifiedLoad};
 
 const SIZE: u64 = 128 << 20;
 const SECTORS: u64 = SIZE / 512;
-const MINUTE: Duration = Duration::from_secs(60);
 /// The formats that can have parents.
 const KINDS: [Image; 2] = [Image::DynamicVhdx, Image::DynamicVhd];
 
@@ -61,16 +61,16 @@ fn guests_notice_nothing_of_snapshots() {
         let options =
             LoadOptions { rate: Some(5000.0), depth: 16, max_sectors: 32, ..LoadOptions::new(61, SECTORS) };
         let load = start_load(&daemon, options).spawn();
-        load.wait_requests(3000, MINUTE).unwrap();
+        load.wait_requests(3000, PATIENCE).unwrap();
         load.mark("snapshots");
         for n in 0..50 {
             let disk = daemon.snapshot("disk", &child(&daemon, kind, n)).unwrap();
             assert_eq!((disk.chain.len(), disk.generation), (n + 2, n as u64 + 1));
             assert_eq!(disk.image, child(&daemon, kind, n).to_string_lossy());
-            load.wait_requests(150, MINUTE).unwrap();
+            load.wait_requests(150, PATIENCE).unwrap();
         }
         load.mark("after");
-        load.wait_requests(1000, MINUTE).unwrap();
+        load.wait_requests(1000, PATIENCE).unwrap();
         let load = load.stop().unwrap();
         for (phase, histogram) in load.phases() {
             println!("{kind:?}, {phase}: {histogram}");
@@ -95,7 +95,7 @@ fn the_daemons_death_around_snapshots_loses_nothing() {
         // How long the daemon lives at most after it was asked, in microseconds: aims at the middle of its work.
         let mut reach = 25_000;
         for n in 0..40 {
-            if load.wait_requests(random.random_range(50..300), MINUTE).is_err() {
+            if load.wait_requests(random.random_range(50..300), PATIENCE).is_err() {
                 break;
             }
             let (api, to) = (daemon.api(), child(&daemon, kind, n));
