@@ -123,7 +123,7 @@ fn calls_during_an_outage_fail_in_time_and_leave_the_device_as_it_was() {
     let Some(mut daemon) = Daemon::start(dir.path(), 1) else { return };
     let ram = memory();
     let mut wanted = options(daemon.socket(), 1);
-    wanted.patience = Duration::from_millis(200);
+    wanted.patience = Duration::from_secs(1);
     let device = BlkDevice::new(wanted, ram.clone()).unwrap();
     let mut load = Load::new(set_up(&*device, &ram, 1, 0), 24);
     load.run(&ram, &device, 50);
@@ -135,7 +135,7 @@ fn calls_during_an_outage_fail_in_time_and_leave_the_device_as_it_was() {
     assert!(error.contains("disk0") && error.contains("cannot pause while its backend is away"), "{error}");
     assert!(device.start_logging().is_err());
     assert!(device.save().is_err());
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     daemon.restart();
     load.run(&ram, &device, 100);
     device.pause().unwrap();
@@ -159,7 +159,7 @@ fn a_backend_that_stays_away_is_given_up_and_a_reset_begins_anew() {
     assert_eq!(read32(&*device, 0x60) & 2, 2, "by a change of the configuration");
     let start = Instant::now();
     let error = format!("{:#}", device.pause().unwrap_err());
-    assert!(start.elapsed() < Duration::from_secs(1), "nobody waits for what was given up");
+    assert!(start.elapsed() < Duration::from_secs(5), "nobody waits for what was given up");
     assert!(error.contains("away for more than 300ms"), "{error}");
     assert!(device.collect_dirty(&mut PageSet::empty(ram.pages())).is_err());
     device.stop_logging().unwrap();
@@ -176,7 +176,7 @@ fn a_backend_that_hangs_holds_nobody_up_and_nothing_is_lost_when_it_goes_on() {
     let Some(daemon) = Daemon::start(dir.path(), 2) else { return };
     let ram = memory();
     let mut wanted = options(daemon.socket(), 2);
-    (wanted.answer, wanted.patience) = (Duration::from_millis(200), Duration::from_millis(200));
+    (wanted.answer, wanted.patience) = (Duration::from_millis(500), Duration::from_millis(500));
     let device = BlkDevice::new(wanted, ram.clone()).unwrap();
     let mut load = Load::new(set_up(&*device, &ram, 2, 0), 24);
     for round in 0..3 {
@@ -191,7 +191,7 @@ fn a_backend_that_hangs_holds_nobody_up_and_nothing_is_lost_when_it_goes_on() {
         };
         let error = format!("{:#}", called.unwrap_err());
         assert!(error.contains("did not answer in time"), "{error}");
-        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
         assert!(device.pause().is_err(), "it still hangs");
         daemon.signal(libc::SIGCONT);
         load.run(&ram, &device, 100);
@@ -208,7 +208,7 @@ fn a_reset_during_an_outage_holds_nobody_up() {
     let Some(mut daemon) = Daemon::start(dir.path(), 1) else { return };
     let ram = memory();
     let mut wanted = options(daemon.socket(), 1);
-    wanted.patience = Duration::from_millis(300);
+    wanted.patience = Duration::from_secs(1);
     let device = BlkDevice::new(wanted, ram.clone()).unwrap();
     let mut load = Load::new(set_up(&*device, &ram, 1, 0), 24);
     load.run(&ram, &device, 50);
@@ -219,7 +219,7 @@ fn a_reset_during_an_outage_holds_nobody_up() {
     write32(&*device, 0x70, 0);
     device.pause().unwrap();
     device.resume().expect_err("nobody is there to go on with");
-    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
     daemon.restart();
     device.resume().unwrap();
     let mut queue = set_up(&*device, &ram, 1, 0).remove(0);
@@ -233,7 +233,7 @@ fn a_backend_that_came_back_worse_is_refused_until_a_better_one_comes() {
     let Some(mut worse) = Daemon::start_with(other.path(), 1, device_rig::DISK_BYTES / 2) else { return };
     let ram = memory();
     let mut wanted = options(daemon.socket(), 1);
-    wanted.patience = Duration::from_millis(500);
+    wanted.patience = Duration::from_secs(3);
     let device = BlkDevice::new(wanted, ram.clone()).unwrap();
     let mut load = Load::new(set_up(&*device, &ram, 1, 0), 24);
     load.run(&ram, &device, 50);
@@ -310,7 +310,7 @@ fn a_paused_disk_goes_on_without_its_backend_and_is_served_when_that_is_back() {
         let start = Instant::now();
         device.go_on();
         device.go_on();
-        assert!(start.elapsed() < Duration::from_secs(2), "nobody waits: {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(10), "nobody waits: {:?}", start.elapsed());
         assert_eq!(device.is_connected(), round == 0);
         load.submit_all(&ram, &*device);
         if round > 0 {
@@ -331,7 +331,7 @@ fn a_disk_that_went_on_without_a_backend_that_fits_is_given_up_like_any_other() 
     Load::new(set_up(&*source, &ram, 1, 0), 24).run(&ram, &source, 50);
     source.pause().unwrap();
     let mut wanted = options(worse.socket(), 1);
-    (wanted.deferred, wanted.reconnect) = (true, Duration::from_millis(300));
+    (wanted.deferred, wanted.reconnect) = (true, Duration::from_secs(2));
     let target = BlkDevice::new(wanted, ram.clone()).unwrap();
     target.restore(&source.save().unwrap()).unwrap();
     target.go_on();

@@ -48,7 +48,7 @@ fn disk(daemon: &Daemon, serial: &str, ram: &Arc<GuestRam>, deferred: bool) -> A
 
 /// A disk for a test in which its daemon goes away: nobody waits for that for long.
 fn impatient(daemon: &Daemon, serial: &str, ram: &Arc<GuestRam>, deferred: bool) -> Arc<BlkDevice> {
-    let patience = Duration::from_millis(200);
+    let patience = Duration::from_secs(1);
     let options =
         BlkOptions { queues: QUEUES, deferred, patience, ..BlkOptions::new(daemon.socket(), serial) };
     BlkDevice::new(options, ram.clone()).unwrap()
@@ -381,7 +381,7 @@ fn a_target_with_a_disk_that_does_not_fit_or_is_not_there_refuses_before_the_mac
     other.kill();
     let (taken, waited) = take(&other);
     let error = taken.unwrap_err();
-    assert!(error.contains("disk1") && waited < Duration::from_secs(2), "{waited:?}: {error}");
+    assert!(error.contains("disk1") && waited < Duration::from_secs(10), "{waited:?}: {error}");
     let (taken, waited) = take(&daemons[1]);
     taken.unwrap();
     println!("two disks were looked at within {waited:?}");

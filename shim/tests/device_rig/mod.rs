@@ -69,6 +69,18 @@ impl Daemon {
     pub fn signal(&self, signal: i32) {
         // SAFETY: plain system call; the child is one of ours and not waited for yet.
         assert_eq!(unsafe { libc::kill(self.pid(), signal) }, 0);
+        if signal == libc::SIGSTOP {
+            eventually("the backend stands still", || self.stands_still());
+        }
+    }
+
+    /// Whether none of its threads runs: one may go on for a moment while another takes the signal.
+    fn stands_still(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let mut states = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")));
+        // Behind the name, which is in brackets.
+        states
+            .all(|stat| stat.is_ok_and(|stat| stat.rsplit(") ").next().unwrap_or_default().starts_with('T')))
     }
 
     /// Starts it (again) and waits until it serves.
@@ -117,8 +129,8 @@ pub fn options(socket: PathBuf, queues: u16) -> BlkOptions {
     BlkOptions {
         queues,
         queue_size: 128,
-        reconnect: Duration::from_secs(20),
-        patience: Duration::from_secs(10),
+        reconnect: Duration::from_secs(60),
+        patience: Duration::from_secs(30),
         ..BlkOptions::new(socket, "disk0")
     }
 }
