@@ -182,7 +182,7 @@ fn a_source_that_is_only_alive_does_not_keep_a_target_from_others() {
                 std::thread::spawn(move || only_alive(connection, says));
                 std::thread::sleep(Duration::from_millis(300));
                 let mut options = options(&target.address, dir.path());
-                options.patience = Duration::from_secs(4);
+                options.patience = Duration::from_secs(40);
                 let report = shim::migrate::check(&description(4 << 20), &options);
                 assert!(report.unwrap_or_else(|error| panic!("{role:?}: {error:#}")).is_compatible());
             });

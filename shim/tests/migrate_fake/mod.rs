@@ -511,7 +511,7 @@ impl Target {
         let listener = Listener::bind(address, security).expect("listens");
         let address = listener.address().expect("address");
         let mut options = ReceiveOptions::new(dir.join("target"));
-        options.patience = Duration::from_secs(2);
+        options.patience = Duration::from_secs(8);
         let events = Arc::new(Mutex::new(Vec::new()));
         let (for_thread, seen) = (options.clone(), events.clone());
         let thread = std::thread::spawn(move || {
@@ -555,8 +555,8 @@ impl Drop for Target {
 /// Options that suit a test.
 pub fn options(to: &Address, dir: &Path) -> SendOptions {
     let mut options = SendOptions::new(to.clone(), dir.join("source"));
-    options.patience = Duration::from_secs(2);
-    options.reconnect = Duration::from_secs(3);
+    options.patience = Duration::from_secs(8);
+    options.reconnect = Duration::from_secs(8);
     options
 }
 

@@ -185,18 +185,20 @@ impl Disk {
     /// Attempts until it works or the time that callers wait at most is over.
     pub(super) fn open_patiently(&self, inner: &mut Inner) -> Result<()> {
         let until = Instant::now() + self.options.patience;
+        let mut told = None;
         loop {
-            match self.open_once(inner, self.answer_by().min(until + RETRY)) {
-                Ok(()) => return Ok(()),
-                Err(e) if Instant::now() >= until => {
-                    let name = self.name();
-                    let waited = self.options.patience;
-                    bail!(
-                        "{name}: no backend within {waited:?} ({e:#}); is it running and serving this disk?"
-                    )
-                }
-                Err(_) => std::thread::sleep(RETRY),
+            let by = self.answer_by().min(until + RETRY);
+            let Err(error) = self.open_once(inner, by) else { return Ok(()) };
+            // An attempt that ran out of time says less than an earlier one that was answered.
+            if told.is_none() || Instant::now() < by {
+                told = Some(error);
             }
+            if Instant::now() >= until {
+                let (name, waited) = (self.name(), self.options.patience);
+                let why = told.map_or_else(String::new, |error| format!(" ({error:#})"));
+                bail!("{name}: no backend within {waited:?}{why}; is it running and serving this disk?");
+            }
+            std::thread::sleep(RETRY);
         }
     }
 
