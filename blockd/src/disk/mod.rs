@@ -8,6 +8,7 @@ pub mod shared;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use formats::{ErrorKind, Format, Geometry, ImageType};
@@ -95,11 +96,12 @@ pub struct Disk {
     mailboxes: Vec<Arc<Mailbox>>,
 }
 
-/// The threads of a disk; gone once it was stopped. Fields end in this order.
+/// The threads of a disk, as far as they were started; gone once it was stopped. Fields end in this order.
+#[derive(Default)]
 struct Running {
-    listener: Listener,
+    listener: Option<Listener>,
     workers: Vec<WorkerHandle>,
-    maintenance: std::thread::JoinHandle<()>,
+    maintenance: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Disk {
@@ -138,6 +140,11 @@ impl Disk {
             parents: spec.parents.clone(),
             notes_dir: notes_dir.map(Path::to_path_buf),
         };
+        let threads = usize::from(spec.io_threads);
+        let mailbox = || Mailbox::new().map(Arc::new);
+        let mailboxes: Result<Vec<_>, _> = std::iter::repeat_with(mailbox).take(threads).collect();
+        let mailboxes =
+            mailboxes.map_err(|e| DiskError::new(ErrorKind::Io, format!("cannot make an eventfd: {e}")))?;
         let image = ImageHandle::open(&spec.image, &how)?;
         let geometry = image.image().geometry();
         let limits = Limits {
@@ -146,29 +153,38 @@ impl Disk {
             read_only: image.image().is_read_only(),
             zero_bytes_max: ZERO_BYTES_MAX,
         };
-        let threads = usize::from(spec.io_threads);
-        let shared = DiskShared::new(&spec.id, limits, image, threads, cache_on, events);
-        let io = |what: &str, e: std::io::Error| DiskError::new(ErrorKind::Io, format!("{what}: {e}"));
-        let mut mailboxes = Vec::new();
-        let mut workers = Vec::new();
-        for index in 0..threads {
-            let mailbox = Arc::new(Mailbox::new().map_err(|e| io("cannot make an eventfd", e))?);
-            mailboxes.push(mailbox.clone());
-            let worker = WorkerHandle::start(index, &shared, mailbox);
-            workers.push(worker.map_err(|e| DiskError::new(ErrorKind::Io, e))?);
+        let disk = Self {
+            shared: DiskShared::new(&spec.id, limits, image, threads, cache_on, events),
+            spec,
+            notes_dir: how.notes_dir,
+            running: Mutex::new(Some(Running::default())),
+            exchanging: Mutex::default(),
+            mailboxes,
+        };
+        // Dropped when this fails, and so stopped: no thread then holds the image, which is closed cleanly.
+        disk.run()?;
+        Ok(Arc::new(disk))
+    }
+
+    /// Starts its threads.
+    fn run(&self) -> Result<(), DiskError> {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = running.get_or_insert_default();
+        for (index, mailbox) in self.mailboxes.iter().enumerate() {
+            let worker = WorkerHandle::start(index, &self.shared, mailbox.clone());
+            running.workers.push(worker.map_err(|e| DiskError::new(ErrorKind::Io, e))?);
         }
-        let for_maintenance = shared.clone();
+        let for_maintenance = self.shared.clone();
         let maintenance = std::thread::Builder::new()
             .name("maintenance".into())
             .spawn(move || for_maintenance.maintain())
-            .map_err(|e| io("cannot start a thread", e))?;
-        let listener = Listener::start(&spec, shared.clone(), mailboxes.clone()).map_err(|e| {
-            shared.stop_maintenance();
-            DiskError::new(ErrorKind::Io, format!("{}: {e}", spec.socket.display()))
-        })?;
-        let running = Mutex::new(Some(Running { listener, workers, maintenance }));
-        let (notes_dir, exchanging) = (how.notes_dir, Mutex::default());
-        Ok(Arc::new(Self { spec, shared, notes_dir, running, exchanging, mailboxes }))
+            .map_err(|e| DiskError::new(ErrorKind::Io, format!("cannot start a thread: {e}")))?;
+        running.maintenance = Some(maintenance);
+        let listener = Listener::start(&self.spec, self.shared.clone(), self.mailboxes.clone());
+        let listener = listener
+            .map_err(|e| DiskError::new(ErrorKind::Io, format!("{}: {e}", self.spec.socket.display())))?;
+        running.listener = Some(listener);
+        Ok(())
     }
 
     /// What it was started as.
@@ -273,11 +289,11 @@ impl Disk {
     pub fn stop(&self) -> Result<(), DiskError> {
         let _one = self.exchanging.lock().unwrap_or_else(PoisonError::into_inner);
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(Running { mut listener, mut workers, maintenance }) = running else { return Ok(()) };
-        listener.stop();
+        let Some(Running { listener, mut workers, maintenance }) = running else { return Ok(()) };
+        drop(listener);
         workers.iter_mut().for_each(WorkerHandle::stop);
         self.shared.stop_maintenance();
-        let _ = maintenance.join();
+        let _ = maintenance.map(JoinHandle::join);
         let route = self.shared.route.load_full();
         let image = route.source();
         // What was lost is not touched any more: others may have changed it under the map that is known here.
@@ -321,6 +337,43 @@ impl Drop for Disk {
     fn drop(&mut self) {
         if let Err(e) = self.stop() {
             tracing::error!(disk = self.spec.id, "{e}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use formats::{CreateOptions, Format};
+
+    use super::*;
+
+    #[test]
+    fn a_start_that_fails_leaves_nothing_of_the_disk_behind() {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let image = dir.path().join("a.vhdx");
+        formats::create(&image, &CreateOptions::new(Format::Vhdx, 4 << 20)).expect("created");
+        let spec = DiskSpec {
+            id: "a".into(),
+            image,
+            socket: dir.path().join("a.sock"),
+            format: None,
+            queues: 2,
+            io_threads: 2,
+            read_only: false,
+            parents: Vec::new(),
+        };
+        let events: DiskEvents = Arc::new(|_| Ok(()));
+        for _ in 0..20 {
+            // A file in the socket's place: the image can be opened, and the disk not be served.
+            std::fs::write(&spec.socket, "").expect("written");
+            let e = Disk::start(spec.clone(), false, true, None, events.clone()).expect_err("no socket");
+            assert!(e.message.contains("a.sock"), "{e}");
+            // No thread of it is left that could hold the image, or anything else.
+            assert_eq!(Arc::strong_count(&events), 1);
+            std::fs::remove_file(&spec.socket).expect("removed");
+            let disk =
+                Disk::start(spec.clone(), false, true, None, events.clone()).expect("the image is free");
+            disk.stop().expect("closed");
         }
     }
 }

@@ -108,8 +108,14 @@ impl WorkerHandle {
                 Err(e) => drop(ready.send(Err(e))),
             })
             .map_err(|e| format!("cannot start a thread: {e}"))?;
-        started.recv().map_err(|_| "the worker ended at once".to_owned())??;
-        Ok(Self { mailbox, thread: Some(thread) })
+        match started.recv().unwrap_or_else(|_| Err("the worker ended at once".to_owned())) {
+            Ok(()) => Ok(Self { mailbox, thread: Some(thread) }),
+            Err(e) => {
+                // It holds the disk as long as it is there.
+                let _ = thread.join();
+                Err(e)
+            }
+        }
     }
 
     /// Ends the worker when everything in flight has ended.
