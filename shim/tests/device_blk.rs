@@ -77,6 +77,21 @@ fn more_queues_than_the_backend_has_are_refused() {
 }
 
 #[test]
+fn what_a_backend_answered_is_told_though_it_hangs_by_the_end() {
+    let dir = dir();
+    let Some(daemon) = Daemon::start(dir.path(), 1) else { return };
+    let mut options = options(daemon.socket(), 2);
+    options.patience = std::time::Duration::from_secs(2);
+    let error = std::thread::scope(|scope| {
+        let refused = scope.spawn(|| BlkDevice::new(options, memory()).err().unwrap());
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        daemon.signal(libc::SIGSTOP);
+        format!("{:#}", refused.join().unwrap())
+    });
+    assert!(error.contains("has 1 queues and 2 are asked for"), "{error}");
+}
+
+#[test]
 fn two_queues_work_side_by_side() {
     let dir = dir();
     let Some(daemon) = Daemon::start(dir.path(), 2) else { return };

@@ -204,7 +204,7 @@ impl Guest {
     fn receive(&mut self, ram: &GuestRam, device: &dyn Device) -> Vec<u8> {
         loop {
             let done = self.receive.wait(ram, device, Duration::from_secs(60));
-            let (slot, len) = done.expect("a frame within 10 s");
+            let (slot, len) = done.expect("a frame within a minute");
             let mut frame = vec![0; len];
             ram.memory().read_slice(&mut frame, GuestAddress(self.receive.buffer(slot))).unwrap();
             self.receive.offer(ram, device, slot, 1526);

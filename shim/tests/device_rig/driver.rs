@@ -352,7 +352,8 @@ impl Load {
         let index = usize::from(self.queues[q].index);
         let done = self.queues[q].wait(ram, &calls[index], Duration::from_secs(60));
         let in_flight = &self.queues[q].in_flight;
-        let done = done.unwrap_or_else(|| panic!("queue {q}: nothing in 20 s, in flight are {in_flight:?}"));
+        let done =
+            done.unwrap_or_else(|| panic!("queue {q}: nothing in a minute, in flight are {in_flight:?}"));
         self.check(ram, q, done);
     }
 

@@ -167,7 +167,7 @@ fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
         let options =
             GuestOptions { cpus: 2, queues: 2, rounds: 1000, ..GuestOptions::new("guest", "files") };
         let mut guest = Guest::start(&setup, daemon.dir(), &daemon.socket("disk"), &options).unwrap();
-        guest.wait_for("round 1", 2 * PATIENCE).unwrap();
+        guest.wait_for("round 1", PATIENCE).unwrap();
         let mut size = SIZE;
         for n in 0..3 {
             size += 8 << 20;
@@ -184,7 +184,7 @@ fn a_linux_guest_sees_its_disk_grow_and_nothing_of_new_images() {
         }
         guest.tell_to_stop().unwrap();
         // The guest has compared its files, checked its file system, and read the disk to its new end.
-        guest.wait_for("device ", 2 * PATIENCE).unwrap();
+        guest.wait_for("device ", PATIENCE).unwrap();
         guest.wait_for("PASS", PATIENCE).unwrap();
         guest.wait_end(PATIENCE).unwrap();
         assert!(!guest.said().contains("I/O error"));

@@ -190,14 +190,13 @@ impl Disk {
             let by = self.answer_by().min(until + RETRY);
             let Err(error) = self.open_once(inner, by) else { return Ok(()) };
             // An attempt that ran out of time says less than an earlier one that was answered.
-            if told.is_none() || Instant::now() < by {
-                told = Some(error);
-            }
+            let out_of_time = Instant::now() >= by;
+            let why = told.take().filter(|_| out_of_time).unwrap_or(error);
             if Instant::now() >= until {
                 let (name, waited) = (self.name(), self.options.patience);
-                let why = told.map_or_else(String::new, |error| format!(" ({error:#})"));
-                bail!("{name}: no backend within {waited:?}{why}; is it running and serving this disk?");
+                bail!("{name}: no backend within {waited:?} ({why:#}); is it running and serving this disk?");
             }
+            told = Some(why);
             std::thread::sleep(RETRY);
         }
     }
