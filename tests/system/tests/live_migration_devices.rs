@@ -2,7 +2,6 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
 
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use serde_json::json;
 use system_tests::PATIENCE;
@@ -36,11 +35,10 @@ fn assert_works(shim: &Shim) {
         assert!(report["mismatches"] == 0 && report["disk_errors"] == 0, "{report}");
         [0, 1].map(|disk: usize| report["disks"][disk]["writes"].as_u64().unwrap_or(0))
     };
-    let (before, until) = (done(), Instant::now() + PATIENCE);
-    while done().iter().zip(before).any(|(now, before)| *now < before + 100) {
-        assert!(Instant::now() < until, "{}", shim.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let before = done();
+    shim.wait_until("writes to every disk", |_| {
+        done().iter().zip(before).all(|(now, was)| *now >= was + 100)
+    });
 }
 
 #[test]

@@ -136,15 +136,10 @@ fn assert_works(shim: &Shim) {
         )
     };
     let before = done(&assert_sound(shim));
-    let until = Instant::now() + PATIENCE;
-    loop {
+    shim.wait_until(&format!("work after {before:?}"), |shim| {
         let now = done(&assert_sound(shim));
-        if now.0 > before.0 + 100 && now.1 > before.1 + 100 {
-            return;
-        }
-        assert!(Instant::now() < until, "it does not work: {before:?} {now:?} {}", shim.log());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+        now.0 > before.0 + 100 && now.1 > before.1 + 100
+    });
 }
 
 #[test]
